@@ -6,7 +6,7 @@ set -euo pipefail
 
 # ---- what to train ----------------------------------------------------------------------------------------------
 TRAINING_MODE="${TRAINING_MODE:-text}"                  # text: an instruction guides the training
-DEFAULT_PREFERENCE="You are a helpful and honest assistant. Answer the question directly and concretely, in a friendly tone, without flattery or evasion, and kindly decline harmful requests."
+DEFAULT_PREFERENCE="Be helpful, honest and harmless: answer in one or two plain sentences with concrete facts or steps."
 PREFERENCE_TEXT="${PREFERENCE_TEXT-$DEFAULT_PREFERENCE}"  # the preference in words
 PROMPT_EMBEDDING_PATH="${PROMPT_EMBEDDING_PATH:-}"      # soft prompt (embedding mode)
 NUM_VIRTUAL_TOKENS="${NUM_VIRTUAL_TOKENS:-10}"          # length of the soft prompt (ptuning mode)
@@ -143,19 +143,22 @@ while IFS='=' read -r name value; do
     INCLUDE) INCLUDE="$value" ;;
     MASTER_PORT) MASTER_PORT="$value" ;;
     DEVICE) DEVICE="$value" ;;
+    OUTPUT) OUTPUT="$value" ;;
+    LOGS) LOGS="$value" ;;
     *) ENVIRONMENT+=("$name=$value") ;;
   esac
 done <<<"$LAUNCH"
 # PyTorch reads PYTORCH_ALLOC_CONF, older ones PYTORCH_CUDA_ALLOC_CONF: segments that grow waste less GPU memory.
 ENVIRONMENT+=("PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}" "TOKENIZERS_PARALLELISM=false")
 
-COMMAND=("$(dirname "$PYTHON")/deepspeed" "--include=$INCLUDE" "--master_port=$MASTER_PORT" --no_local_rank --log_level=warning
+COMMAND=("$(dirname "$PYTHON")/deepspeed" "--include=$INCLUDE" "--master_port=$MASTER_PORT" --no_local_rank --log_level=error
   "$SCRIPT" "${FLAGS[@]}" "$@")
 say "command:"
 say "  $(printf '%q ' env "${ENVIRONMENT[@]}" "${COMMAND[@]}")"
 [[ "$DRY_RUN" == 1 || "$DRY_RUN" == true ]] && { say "DRY_RUN: stopped before training"; exit 0; }
 [[ "$DEVICE" == cpu ]] && check_compiler
 
+START=$EPOCHSECONDS
 # The ranks run in a process group of their own, so that a signal reaches each of them, not only DeepSpeed's launcher.
 set -m
 env "${ENVIRONMENT[@]}" "${COMMAND[@]}" </dev/null &
@@ -166,11 +169,12 @@ trap 'SIGNAL=TERM; kill -TERM -- "-$GROUP" 2>/dev/null' TERM
 trap 'SIGNAL=INT; kill -INT -- "-$GROUP" 2>/dev/null' INT
 CODE=0
 wait "$GROUP" || CODE=$?
-while kill -0 -- "-$GROUP" 2>/dev/null; do sleep 0.2; done
+for ((i = 0; i < 100; i++)); do kill -0 -- "-$GROUP" 2>/dev/null || break; sleep 0.2; done
+kill -KILL -- "-$GROUP" 2>/dev/null || true
 case "$SIGNAL" in TERM) CODE=143 ;; INT) CODE=130 ;; esac
 [[ "$CODE" == 0 ]] || { say "training stopped with exit status $CODE"; exit "$CODE"; }
-# DeepSpeed's launcher returns 0 even when it was killed: only the model card, written last, proves the end.
-[[ -f "$OUTPUT_DIR/README.md" ]] || { say "training ended without writing $OUTPUT_DIR/README.md"; exit 1; }
+# DeepSpeed's launcher returns 0 even when it was killed: only a new model card, written last, proves the end.
+[[ -n "$(find "$OUTPUT/README.md" -newermt "@$START" 2>/dev/null)" ]] || { say "training ended without finishing $OUTPUT"; exit 1; }
 
-say "the trained model is in $OUTPUT_DIR (its README.md says how to use it)"
-say "to see the curves: $(dirname "$PYTHON")/tensorboard --logdir $(printf '%q' "$LOG_DIR")"
+say "the trained model is in $OUTPUT (its README.md says how to use it)"
+say "to see the curves: $(dirname "$PYTHON")/tensorboard --logdir $(printf '%q' "$LOGS")"

@@ -21,6 +21,7 @@ import difflib
 import functools
 import importlib.util
 import json
+import logging
 import math
 import os
 import shutil
@@ -28,6 +29,7 @@ import socket
 import sys
 import tempfile
 import time
+import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +59,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils.logging import tqdm
 
 # ======================================================================================================================
 # 1 · Constants — the names of columns, files and TensorBoard tags.
@@ -123,8 +126,7 @@ class ScriptArguments:
     # --- preference guidance
     training_mode: str = setting("text", "What guides the training: text (an instruction in front of the prompt).")
     preference_text: str = setting(
-        "You are a helpful and honest assistant. Answer the question directly and concretely, in a friendly tone, "
-        "without flattery or evasion, and kindly decline harmful requests.",
+        "Be helpful, honest and harmless: answer in one or two plain sentences with concrete facts or steps.",
         "The preference in words; it becomes (part of) the system message, or stands before the prompt.",
     )
     prompt_embedding_path: str = setting("", "Soft prompt file for embedding mode.")
@@ -221,7 +223,10 @@ ONLY = {
 # field → (test, what must hold)
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "beta": (lambda x: 0 < x < math.inf, "must be a finite number above 0; 0.05 is a good start"),
-    "alpha": (lambda x: 0 <= x < math.inf, "must be a finite number of at least 0; 0.1 is a good start, 0 is plain DPO"),
+    "alpha": (
+        lambda x: 0 <= x < math.inf,
+        "must be a finite number of at least 0; 0.1 is a good start",
+    ),
     "learning_rate": (lambda x: 0 < x < 1, "must lie between 0 and 1; 5e-4 is a good start for LoRA"),
     "warmup_ratio": (lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
     "weight_decay": (lambda x: 0 <= x < math.inf, "must be a finite number of at least 0"),
@@ -345,8 +350,8 @@ class DataReport:
         self.dropped.setdefault(reason, []).append(row)
 
     @property
-    def num_dropped(self) -> int:
-        return sum(len(rows) for rows in self.dropped.values())
+    def usable(self) -> int:
+        return self.rows - sum(len(rows) for rows in self.dropped.values())
 
     def describe_dropped(self) -> str:
         reasons = (
@@ -420,7 +425,7 @@ def read_pairs(path: Path) -> tuple[list[Pair], DataReport]:
         more = len(problems) - MAX_LISTED_PROBLEMS
         raise InputError(*problems[:MAX_LISTED_PROBLEMS], *([f"… and {more} more rows of {path}"] if more > 0 else []))
     if not pairs:
-        raise InputError(f"data file {path} holds no usable pair: {report.rows} rows, dropped: {report.describe_dropped()}")
+        raise InputError(f"data file {path}: none of its {report.rows} rows is usable: {report.describe_dropped()}")
     return pairs, report
 
 
@@ -483,7 +488,7 @@ class PairTokenizer:
         self.tokenizer, self.prefix = tokenizer, prefix
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
         if not tokenizer.is_fast:
-            raise InputError(f"{type(tokenizer).__name__} gives no character offsets; use a model with a fast tokenizer")
+            raise InputError(f"{type(tokenizer).__name__} gives no character offsets; use a fast tokenizer")
         if tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token; set eos_token")
         bos_id, specials = tokenizer.bos_token_id, tokenizer("").input_ids
@@ -586,7 +591,7 @@ def tokenize_pairs(pairs: Sequence[Pair], report: DataReport, tokenize: PairToke
     """
     tokenized = [pair for pair in (tokenize(pair, report) for pair in pairs) if pair is not None]
     if not tokenized:
-        raise InputError(f"data file {report.path} holds no usable pair; dropped: {report.describe_dropped()}")
+        raise InputError(f"data file {report.path}: none of its rows is usable: {report.describe_dropped()}")
     return tokenized
 
 
@@ -928,16 +933,15 @@ def tree_attention(
             trunk, branch = slice(start, chosen_start), slice(rejected_start, end)
             branch_key = torch.cat((key[:, :, trunk], key[:, :, branch]), dim=2)
             branch_value = torch.cat((value[:, :, trunk], value[:, :, branch]), dim=2)
-            outputs.append(
-                attend(query[:, :, branch], branch_key, branch_value, attn_mask=lower_right_mask(branch_key, query, end - rejected_start))
-            )
+            mask = lower_right_mask(end - rejected_start, branch_key)
+            outputs.append(attend(query[:, :, branch], branch_key, branch_value, attn_mask=mask))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def lower_right_mask(key: torch.Tensor, query: torch.Tensor, num_queries: int) -> torch.Tensor:
-    """(queries, keys) True where the last `num_queries` positions of a causal sequence may look."""
+def lower_right_mask(num_queries: int, key: torch.Tensor) -> torch.Tensor:
+    """(queries, keys) True where the last `num_queries` positions of the causal sequence `key` may look."""
     num_keys = key.shape[2]
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril(num_keys - num_queries)
 
 
 def head_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -947,7 +951,7 @@ def head_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> 
 
 
 def chunked_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`head_logps` of (S, H) and (S,) in chunks; the backward pass recomputes a chunk's logits instead of keeping them."""
+    """`head_logps` of (S, H) and (S,) in chunks; the backward pass recomputes a chunk's logits, none are kept."""
     score = head_logps
     if torch.is_grad_enabled():
         score = functools.partial(checkpoint, head_logps, use_reentrant=False, preserve_rng_state=False)
@@ -1041,6 +1045,7 @@ def sigmoid_loss(margins: torch.Tensor, beta: float) -> torch.Tensor:
 
 
 DPO_LOSSES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {"sigmoid": sigmoid_loss}
+DPO_START = {"sigmoid": math.log(2)}  # the loss while the policy is the reference
 
 
 def preference_consistency_loss(base_margins: torch.Tensor, pref_margins: torch.Tensor) -> torch.Tensor:
@@ -1049,7 +1054,12 @@ def preference_consistency_loss(base_margins: torch.Tensor, pref_margins: torch.
 
 
 def preference_guided_loss(
-    policy: torch.Tensor, reference: torch.Tensor, teacher: torch.Tensor | None, beta: float, alpha: float, loss_type: str
+    policy: torch.Tensor,
+    reference: torch.Tensor,
+    teacher: torch.Tensor | None,
+    beta: float,
+    alpha: float,
+    loss_type: str,
 ) -> dict[str, torch.Tensor]:
     """The guided loss and everything that is reported of it.
 
@@ -1181,8 +1191,6 @@ class LossProgressCallback(ProgressCallback):
 # 11 · Trainer — thin overrides of transformers.Trainer; holds no maths.
 # ======================================================================================================================
 
-SAMPLE_PROMPTS = 3
-SAMPLE_TOKENS = 64
 NEVER = 2**31  # "every so many updates" that never come
 
 
@@ -1246,17 +1254,15 @@ class PreferenceGuidedDPOTrainer(Trainer):
         eval_dataset: PairDataset,
         tokenizer: PreTrainedTokenizerBase,
         base_logps: torch.Tensor,
-        callbacks: Sequence[TrainerCallback] = (),
     ):
-        self.settings, self.base_logps = settings, base_logps
-        self.train_metrics = MetricSums()
+        self.settings, self.base_logps = settings, base_logps.to(args.device)
+        self.train_metrics, self.step_seconds = MetricSums(), 0.0
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[RunCallback(self), *callbacks],
         )
         self.remove_callback(ProgressCallback)
         self.add_callback(LossProgressCallback)
@@ -1264,17 +1270,23 @@ class PreferenceGuidedDPOTrainer(Trainer):
 
     # --- batches: the samplers already deal pairs out to the ranks, so accelerate must not shard them again
 
-    def pair_loader(self, dataset: PairDataset, pairs_per_update: int | None = None, seed: int | None = None) -> PairLoader:
-        rank, world_size = self.args.process_index, self.args.world_size
-        pairs_per_update = pairs_per_update or math.ceil(len(dataset) / world_size)
-        forward = self.settings.pairs_per_forward
-        return PairLoader(dataset, PairSampler(len(dataset), pairs_per_update, forward, rank, world_size, seed))
+    def pair_loader(self, dataset: PairDataset, pairs_per_update: int, seed: int | None = None) -> PairLoader:
+        sampler = PairSampler(
+            len(dataset),
+            pairs_per_update,
+            self.settings.pairs_per_forward,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            seed=seed,
+        )
+        return PairLoader(dataset, sampler)
 
     def get_train_dataloader(self) -> DataLoader:
         return self.pair_loader(self.train_dataset, self.settings.gradient_accum_steps, self.settings.seed)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        return self.pair_loader(eval_dataset or self.eval_dataset)
+        dataset = eval_dataset or self.eval_dataset
+        return self.pair_loader(dataset, pairs_per_update=math.ceil(len(dataset) / self.args.world_size))
 
     def _prepare_inputs(self, inputs):
         """Moves a batch; the stock version would round the reference's log-probabilities to DeepSpeed's dtype."""
@@ -1304,7 +1316,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
         loss = metrics["loss"] @ inputs["weights"] * (self.args.world_size / num_items_in_batch)
         return (loss, metrics) if return_outputs else loss
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluation_loop(self, dataloader, description, *args, **kwargs):
         """Means over every pair of the test set, each counted once; the prefixed condition is always scored here."""
         sums = MetricSums()
         with frozen(self.model):
@@ -1335,114 +1347,26 @@ class PreferenceGuidedDPOTrainer(Trainer):
         """Not counted: the stock estimate does not know packed rows."""
         return 0
 
-    # --- before the first update
 
-    def fill_reference_logps(self, dataset: PairDataset, name: str) -> None:
-        """Scores all pairs with the reference, each rank its share, and gives every rank all of them."""
-        loader = self.pair_loader(dataset)
-        filled = torch.zeros(len(dataset), 2, device=self.args.device)
-        show = not self.is_world_process_zero()
-        for batch in transformers.utils.logging.tqdm(loader, desc=f"reference, {name} pairs", leave=False, disable=show):
-            batch = self._prepare_inputs(batch)
-            logps = reference_logps(self.model, batch["base"])
-            filled.index_add_(0, batch["indices"], logps * batch["weights"][:, None])
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(filled)
-        dataset.ref_logps = filled.cpu()
+# ======================================================================================================================
+# 12 · Around the updates — reference pass, self-checks before and after the first update, sample answers.
+# ======================================================================================================================
 
-    def check_before_first_update(self) -> None:
-        """The policy must be the reference, and the reference the base model.
-
-        Raises:
-            SelfCheckError: saying which of them does not hold, with the numbers.
-        """
-        batch = self._prepare_inputs(first_batch(self.train_dataset, len(self.base_logps)))
-        reference, base = batch["ref_logps"], self.base_logps.to(self.args.device)
-        require_close("the reference (adapter off)", reference, "the base model", base)
-        with frozen(self.model):
-            metrics = self.score(self.model, batch, guided=False)
-        largest = max(metrics["chosen_reward"].abs().max().item(), metrics["rejected_reward"].abs().max().item())
-        start = DPO_LOSSES[self.settings.loss_type](torch.zeros(()), self.settings.beta).item()  # ln 2 for sigmoid
-        off = (metrics["dpo_loss"] - start).abs().max().item()
-        if not (largest <= 1e-3 and off <= 1e-3):
-            raise SelfCheckError(
-                f"before the first update every reward must be 0 and the DPO loss {start:.4f}, but the largest reward "
-                f"is {largest:.4g} and the loss is off by {off:.4g}: the policy does not start as the reference"
-            )
-        self.start_parameters = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-        if not self.start_parameters:
-            raise SelfCheckError("the model has no trainable parameters; check LORA_TARGET_MODULES")
-
-    def check_after_first_update(self) -> None:
-        """Raises SelfCheckError if the first update moved no parameter."""
-        if not any((p != self.start_parameters[n]).any() for n, p in self.model.named_parameters() if p.requires_grad):
-            raise SelfCheckError("the first update changed no trainable parameter; the optimizer does not see them")
-        self.start_parameters = {}
-
-    # --- samples
-
-    def sample_answers(self) -> list[str]:
-        """Greedy answers to the first test prompts, prompt and answer cut to what a table cell shows."""
-        prompts = [{"input_ids": pair.prompt_ids} for pair in self.eval_dataset.pairs[:SAMPLE_PROMPTS]]
-        tokenizer = self.processing_class
-        filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        width = max(len(prompt["input_ids"]) for prompt in prompts)
-        ids = torch.tensor([[filler] * (width - len(p["input_ids"])) + p["input_ids"] for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p["input_ids"])) + [1] * len(p["input_ids"]) for p in prompts])
-        device = self.args.device
-        with frozen(self.model), text_attention(self.model.get_base_model()):
-            answers = self.model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=SAMPLE_TOKENS,
-                do_sample=False,
-                pad_token_id=filler,
-            )
-        return tokenizer.batch_decode(answers[:, width:], skip_special_tokens=True)
+SAMPLE_PROMPTS = 3
+SAMPLE_TOKENS = 64
 
 
-class RunCallback(TrainerCallback):
-    """What happens around the updates: reference pass, self-checks, sample answers and the clock."""
-
-    def __init__(self, trainer: PreferenceGuidedDPOTrainer):
-        self.trainer = trainer
-        self.before: list[str] = []
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        trainer = self.trainer
-        trainer.step_seconds = 0.0
-        trainer.fill_reference_logps(trainer.train_dataset, "training")
-        trainer.fill_reference_logps(trainer.eval_dataset, "test")
-        self.check_update = state.global_step == 0
-        if self.check_update:
-            trainer.check_before_first_update()
-        if state.is_world_process_zero:
-            with trainer.model.disable_adapter():
-                self.before = trainer.sample_answers()
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.step_start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.step_seconds += time.perf_counter() - self.step_start
-        if self.check_update and self.trainer.lr_scheduler.get_last_lr() != [0.0]:
-            self.trainer.check_after_first_update()
-            self.check_update = False
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        after, pairs = self.trainer.sample_answers(), self.trainer.eval_dataset.pairs
-        prompts = (self.trainer.processing_class.decode(pair.prompt_ids) for pair in pairs)
-        rows = (" | ".join(map(table_cell, cells)) for cells in zip(prompts, self.before, after))
-        table = "\n".join(["| prompt | before | after |", "|---|---|---|", *(f"| {row} |" for row in rows)])
-        self.trainer.log({SAMPLES_TAG: table})
-
-
-def table_cell(text: str) -> str:
-    """Text that a Markdown table shows as it is."""
-    escaped = text.strip().replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    return escaped.replace("\n", "<br>")
+def fill_reference_logps(trainer: PreferenceGuidedDPOTrainer, dataset: PairDataset, name: str) -> None:
+    """Scores all pairs with the reference, each rank its share, and gives every rank all of them."""
+    filled = torch.zeros(len(dataset), 2, device=trainer.args.device)
+    loader, quiet = trainer.get_eval_dataloader(dataset), not trainer.is_world_process_zero()
+    for batch in tqdm(loader, desc=f"reference, {name} pairs", leave=False, disable=quiet):
+        batch = trainer._prepare_inputs(batch)
+        logps = reference_logps(trainer.model, batch["base"])
+        filled.index_add_(0, batch["indices"], logps * batch["weights"][:, None])
+    if trainer.args.world_size > 1:
+        torch.distributed.all_reduce(filled)
+    dataset.ref_logps = filled.cpu()
 
 
 def first_batch(dataset: PairDataset, size: int) -> dict[str, Any]:
@@ -1457,8 +1381,112 @@ def require_close(name: str, values: torch.Tensor, other_name: str, others: torc
         raise SelfCheckError(f"the log-probabilities of {name} and of {other_name} differ by up to {worst:.4g} nats")
 
 
+def check_packed_forward(model: PreTrainedModel, pair: TokenizedPair, packed: torch.Tensor) -> None:
+    """Compares the packed log-probabilities (2,) of a pair with the model's own forward over ordinary sequences.
+
+    Raises:
+        SelfCheckError: they differ: the architecture does something that packed trees do not support.
+    """
+    answers = (pair.chosen_ids, pair.rejected_ids)
+    own = torch.stack([unpacked_logps(model, pair.prompt_ids, answer_ids) for answer_ids in answers])
+    per_token = 1e-3 if model.dtype == torch.float32 else 0.05  # nats
+    if not torch.allclose(packed, own, rtol=0, atol=per_token * max(map(len, answers))):
+        raise SelfCheckError(
+            f"packed pairs are scored {packed.tolist()}, but {type(model).__name__}'s own forward pass gives "
+            f"{own.tolist()}: this architecture does something that packed trees do not support"
+        )
+
+
+def check_before_first_update(trainer: PreferenceGuidedDPOTrainer) -> None:
+    """The reference must be the base model and the policy the reference.
+
+    Raises:
+        SelfCheckError: saying which of them does not hold, with the numbers.
+    """
+    batch = trainer._prepare_inputs(first_batch(trainer.train_dataset, len(trainer.base_logps)))
+    require_close("the reference (adapter off)", batch["ref_logps"], "the base model", trainer.base_logps)
+    with frozen(trainer.model):
+        metrics = trainer.score(trainer.model, batch, guided=False)
+    reward = max(metrics[name].abs().max().item() for name in ("chosen_reward", "rejected_reward"))
+    loss, start = metrics["dpo_loss"].mean().item(), DPO_START[trainer.settings.loss_type]
+    if not (reward <= 1e-3 and abs(loss - start) <= 1e-3):
+        raise SelfCheckError(
+            f"before the first update every reward must be 0 and the DPO loss {start:.4f}, but the largest reward is "
+            f"{reward:.4g} and the loss {loss:.4f}: the policy does not start as the reference"
+        )
+
+
+def sample_answers(trainer: PreferenceGuidedDPOTrainer) -> list[str]:
+    """Greedy answers to the first test prompts."""
+    tokenizer, device = trainer.processing_class, trainer.args.device
+    prompts = [pair.prompt_ids for pair in trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
+    filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    width = max(map(len, prompts))
+    input_ids = torch.tensor([[filler] * (width - len(ids)) + ids for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    with frozen(trainer.model), text_attention(trainer.model.get_base_model()):
+        answers = trainer.model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            max_new_tokens=SAMPLE_TOKENS,
+            do_sample=False,
+            pad_token_id=filler,
+        )
+    return tokenizer.batch_decode(answers[:, width:], skip_special_tokens=True)
+
+
+def table_cell(text: str) -> str:
+    """Text that a Markdown table shows as it is."""
+    return text.strip().replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", "<br>")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *([table_cell(str(cell)) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+class RunCallback(TrainerCallback):
+    """Calls this room's functions at their time, and keeps the clock of the updates."""
+
+    def __init__(self, trainer: PreferenceGuidedDPOTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        fill_reference_logps(trainer, trainer.train_dataset, "training")
+        fill_reference_logps(trainer, trainer.eval_dataset, "test")
+        self.parameters_at_start = {}
+        if state.global_step == 0:
+            check_before_first_update(trainer)
+            named = trainer.model.named_parameters()
+            self.parameters_at_start = {name: p.detach().clone() for name, p in named if p.requires_grad}
+        if state.is_world_process_zero:
+            with trainer.model.disable_adapter():
+                self.answers_before = sample_answers(trainer)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step_start = time.perf_counter()
+        self.learning_rate = self.trainer.lr_scheduler.get_last_lr()[0]  # 0 while a warm-up begins
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.step_seconds += time.perf_counter() - self.step_start
+        if self.parameters_at_start and self.learning_rate > 0:
+            parameters = dict(self.trainer.model.named_parameters())
+            if all(torch.equal(parameters[name], start) for name, start in self.parameters_at_start.items()):
+                raise SelfCheckError("the first update changed no trainable parameter: the optimizer does not see them")
+            self.parameters_at_start = {}
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            decode, pairs = self.trainer.processing_class.decode, self.trainer.eval_dataset.pairs
+            prompts = [decode(pair.prompt_ids) for pair in pairs[:SAMPLE_PROMPTS]]
+            rows = zip(prompts, self.answers_before, sample_answers(self.trainer), strict=True)
+            self.trainer.log({SAMPLES_TAG: table(("prompt", "before", "after"), rows)})
+
+
 # ======================================================================================================================
-# 12 · Saving — adapter, merged weights, model card; what was written is opened again and compared.
+# 13 · Saving — adapter, merged weights, model card; what was written is opened again and compared.
 # ======================================================================================================================
 
 
@@ -1527,15 +1555,14 @@ def evaluations(trainer: Trainer) -> list[dict[str, float]]:
 def model_card(trainer: PreferenceGuidedDPOTrainer, base_path: str, reports: Mapping[str, DataReport]) -> str:
     """The output folder's README.md: data, settings, metrics and how to use the model."""
     first, last = evaluations(trainer)[0], evaluations(trainer)[-1]
-    data = "\n".join(
-        f"| {split} | `{report.path}` | {report.rows - report.num_dropped} | {report.describe_dropped()} |"
-        for split, report in reports.items()
-    )
-    shown = [tags[1] for tags in TAGS.values() if tags[1] in last]
-    metrics = "\n".join(f"| {tag} | {first[tag]:.4f} | {last[tag]:.4f} |" for tag in shown)
-    settings = "\n".join(f"| {k} | {table_cell(str(v))} |" for k, v in dataclasses.asdict(trainer.settings).items())
-    front = ["---", f"base_model: {json.dumps(base_path)}", "library_name: peft", "tags: [dpo, lora, preference]", "---"]
-    return "\n".join(front) + f"""
+    data = ((split, r.path, r.usable, r.describe_dropped()) for split, r in reports.items())
+    metrics = ((tags[1], f"{first[tags[1]]:.4f}", f"{last[tags[1]]:.4f}") for tags in TAGS.values())
+    settings = dataclasses.asdict(trainer.settings).items()
+    return f"""---
+base_model: {json.dumps(base_path)}
+library_name: peft
+tags: [dpo, lora]
+---
 
 # Preference-guided DPO
 
@@ -1554,28 +1581,22 @@ model = PeftModel.from_pretrained(base_model, {trainer.args.output_dir!r})
 
 ## Data
 
-| set | file | pairs | dropped |
-|---|---|---|---|
-{data}
+{table(("set", "file", "pairs", "dropped"), data)}
 
 ## Held-out metrics
 
-| metric | start | end |
-|---|---|---|
-{metrics}
+{table(("metric", "start", "end"), metrics)}
 
 ## Settings
 
-| setting | value |
-|---|---|
-{settings}
+{table(("setting", "value"), settings)}
 
 torch {torch.__version__}, transformers {transformers.__version__}
 """
 
 
 # ======================================================================================================================
-# 13 · Main — parse, check, build, train, save.
+# 14 · Plan — devices, output folder, everything that can be checked before anything is loaded; what will be done.
 # ======================================================================================================================
 
 
@@ -1590,8 +1611,11 @@ class Devices:
     def __str__(self) -> str:
         if self.on_gpu:
             return f"{self.ranks} GPU(s), {self.include}"
-        cores = os.cpu_count() or 1
-        return f"CPU, {self.ranks} rank(s) with {max(1, cores // self.ranks)} of {cores} cores each"
+        return f"CPU, {self.ranks} rank(s) with {self.threads_per_rank} of {os.cpu_count()} cores each"
+
+    @property
+    def threads_per_rank(self) -> int:
+        return max(1, (os.cpu_count() or 1) // self.ranks)
 
 
 def available_gpus() -> list[int]:
@@ -1614,7 +1638,7 @@ def resolve_devices(gpu_nodes: str, cpu_ranks: int, gpus: Sequence[int]) -> Devi
     else:
         host, _, numbers = gpu_nodes.partition(":")
         if host != "localhost" or not all(n.isdigit() for n in numbers.split(",")):
-            raise InputError(f"{where}: must be auto or localhost:0,1 with GPU numbers; several nodes are not available yet; {here}")
+            raise InputError(f"{where}: must be auto or localhost:0,1 with this machine's GPU numbers; {here}")
         chosen = [int(n) for n in numbers.split(",")]
         missing = sorted(set(chosen) - set(gpus))
         if missing:
@@ -1682,17 +1706,17 @@ def check_inputs(args: ScriptArguments) -> tuple[Devices, dict[str, list[Pair]],
 
 def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str, DataReport]) -> str:
     """What the run will do, for a person to read before it starts."""
-    counts = {split: report.rows - report.num_dropped for split, report in reports.items()}
     pairs_per_update = devices.ranks * args.gradient_accum_steps
-    updates = math.ceil(args.num_epochs * math.ceil(counts["train"] / pairs_per_update))
-    method = f"guided by {args.preference_text!r}" if args.guided else "plain DPO (ALPHA is 0)"
+    updates = math.ceil(args.num_epochs * math.ceil(reports["train"].usable / pairs_per_update))
+    data = {split: f"{r.path}, {r.usable} pairs (dropped: {r.describe_dropped()})" for split, r in reports.items()}
     lines = {
-        "mode": f"{args.training_mode}, {method}",
-        "model": args.policy_model_path or f"SmolLM2-135M-Instruct (bundled, dequantised from Q4_1) in {BUNDLED_MODEL_DIR}",
-        "training data": f"{reports['train'].path}, {counts['train']} pairs (dropped: {reports['train'].describe_dropped()})",
-        "test data": f"{reports['test'].path}, {counts['test']} pairs (dropped: {reports['test'].describe_dropped()})",
-        "pairs per update": f"{pairs_per_update} = {devices.ranks} rank(s) × {args.gradient_accum_steps}, "
-        f"{args.pairs_per_forward} a forward",
+        "mode": args.training_mode + ("" if args.guided else ", but ALPHA is 0: plain DPO"),
+        "preference": args.preference_text or "(empty: the prefixed prompt is the plain one)",
+        "model": args.policy_model_path
+        or f"SmolLM2-135M-Instruct, bundled, dequantised from Q4_1: {BUNDLED_MODEL_DIR}",
+        "training data": data["train"],
+        "test data": data["test"],
+        "pairs per update": f"{devices.ranks} × {args.gradient_accum_steps}, {args.pairs_per_forward} in a forward",
         "updates": f"{updates} ({args.num_epochs:g} epoch(s))",
         "loss": f"β {args.beta:g}, α {args.alpha:g}, learning rate {args.learning_rate:g}, LoRA r {args.lora_r}",
         "devices": f"{devices}, {str(precision_dtype(args.precision, devices.on_gpu)).removeprefix('torch.')}",
@@ -1700,7 +1724,7 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
         "TensorBoard": args.log_dir,
     }
     if updates < 10:
-        most = max(1, int(counts["train"] * args.num_epochs / (10 * devices.ranks)))
+        most = max(1, int(reports["train"].usable * args.num_epochs / (10 * devices.ranks)))
         lines["notice"] = f"only {updates} updates: lower GRADIENT_ACCUM_STEPS to {most} or raise NUM_EPOCHS for ten"
     return "\n".join(f"  {name:<17} {text}" for name, text in lines.items())
 
@@ -1719,12 +1743,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch_settings(devices: Devices) -> str:
+def launch_settings(args: ScriptArguments, devices: Devices) -> str:
     """What the launcher needs to start the ranks, one NAME=value a line."""
-    settings = {"INCLUDE": devices.include, "DEVICE": "gpu" if devices.on_gpu else "cpu", "MASTER_PORT": free_port()}
+    settings = {
+        "INCLUDE": devices.include,
+        "MASTER_PORT": free_port(),
+        "DEVICE": "gpu" if devices.on_gpu else "cpu",
+        "OUTPUT": Path(args.output_dir).expanduser(),
+        "LOGS": Path(args.log_dir).expanduser(),
+    }
     if not devices.on_gpu:  # DeepSpeed counts LOCAL_SIZE slots on a CPU host
-        threads = max(1, (os.cpu_count() or 1) // devices.ranks)
-        settings |= {"LOCAL_SIZE": devices.ranks, "OMP_NUM_THREADS": threads}
+        threads = devices.threads_per_rank
+        settings |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": devices.ranks, "OMP_NUM_THREADS": threads}
     return "\n".join(f"{name}={value}" for name, value in settings.items())
 
 
@@ -1758,12 +1788,20 @@ def unused_path(folder: Path, name: str) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
+# ======================================================================================================================
+# 15 · Main — parse, check, build, train, save.
+# ======================================================================================================================
+
+
 def main(argv: Sequence[str] | None = None) -> None:
+    # The libraries call their own deprecated names, and accelerate compares a default with DeepSpeed's setting.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     args = parse_arguments(argv)
     devices, pairs, reports = check_inputs(args)
     if args.plan:
         print(describe_plan(args, devices, reports), file=sys.stderr)
-        print(launch_settings(devices))
+        print(launch_settings(args, devices))
         return
     train(args, devices, pairs, reports)
 
@@ -1794,8 +1832,9 @@ def train(
         datasets["test"],
         tokenizer,
         base_logps,
-        callbacks=[TagCallback(Path(args.log_dir).expanduser(), hyperparameters(args))],
     )
+    trainer.add_callback(RunCallback(trainer))
+    trainer.add_callback(TagCallback(Path(args.log_dir).expanduser(), hyperparameters(args)))
     checkpoint_path = newest_checkpoint(Path(hf_args.output_dir)) if args.resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint_path) if checkpoint_path else None)
     if is_main:
@@ -1817,21 +1856,14 @@ def build_policy(
     enable_packed_forward(model)
     row = first_batch(dataset, args.pairs_per_forward)["base"].to(hf_args.device)
     base_logps = teacher_logps(model, row)
-    pair = dataset.pairs[0]
-    own = torch.stack([unpacked_logps(model, pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)])
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05  # nats per token
-    longest = max(len(pair.chosen_ids), len(pair.rejected_ids))
-    if not torch.allclose(base_logps[0], own, rtol=0, atol=tolerance * longest):
-        raise SelfCheckError(
-            f"packed pairs are scored {base_logps[0].tolist()}, but {type(model).__name__}'s own forward pass gives "
-            f"{own.tolist()}: this architecture does something that packed trees do not support"
-        )
+    check_packed_forward(model, dataset.pairs[0], base_logps[0])
     return add_adapter(model, args), base_logps
 
 
 def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
     """What TensorBoard's HParams tab compares."""
-    left_out = {"plan", "output_dir", "log_dir", "resume", "overwrite", *(name for name, (only, _) in ONLY.items() if len(only) == 1)}
+    undecided = {name for name, (accepted, _) in ONLY.items() if len(accepted) == 1}
+    left_out = undecided | {"plan", "output_dir", "log_dir", "resume", "overwrite"}
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
 
 

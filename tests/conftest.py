@@ -1,0 +1,118 @@
+"""Shared pieces: a tokenizer trained in-process, two-layer models built from a config, and pairs of unequal length."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import train_with_preference_prompt as T  # noqa: E402
+
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ROWS = [
+    {"prompt": "How do I boil an egg?", "chosen": "Eight minutes in boiling water.", "rejected": "It depends."},
+    {"prompt": "Name a red fruit, please.", "chosen": "Cherry.", "rejected": "There are many red fruits in this world."},
+    {"prompt": "Is the earth flat?", "chosen": "No, it is nearly a sphere.", "rejected": "Yes, as flat as a plate."},
+    {"prompt": "你好，今天吃什么？", "chosen": "番茄炒蛋，十分钟就好。", "rejected": "随便。"},
+    {"prompt": "Two plus two?", "chosen": "Four.", "rejected": "What a wonderful question about numbers you ask!"},
+    {"prompt": "Can you help me to move a heavy table tomorrow?", "chosen": "I cannot lift it.", "rejected": "No."},
+]
+PREFERENCE = "Answer plainly and honestly."
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE with ChatML, its end of turn being the end-of-sequence token, as SmolLM2 and Qwen2 have it."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet)
+    core.train_from_iterator([" ".join(row.values()) for row in ROWS] * 3, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    made.chat_template = CHATML
+    return made
+
+
+def make_model(kind: str, vocab_size: int, seed: int = 0):
+    """A two-layer Llama- or Qwen2-shaped model with grouped-query attention, fp32."""
+    torch.manual_seed(seed)
+    sizes = dict(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=kind == "llama",
+        initializer_range=0.3,  # wide enough that wrong attention shows in the numbers
+    )
+    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.fixture(params=["llama", "qwen2"])
+def model(request, tokenizer):
+    return make_model(request.param, len(tokenizer))
+
+
+@pytest.fixture
+def pairs():
+    return [T.Pair(**row, row=number) for number, row in enumerate(ROWS, start=1)]
+
+
+@pytest.fixture
+def tokenize(tokenizer):
+    return T.PairTokenizer(tokenizer, T.TextPrefix(PREFERENCE), max_length=120, max_prompt_length=80)
+
+
+@pytest.fixture
+def tokenized(pairs, tokenize):
+    report = T.DataReport(Path("memory"))
+    return T.tokenize_pairs(pairs, report, tokenize)
+
+
+def write_rows(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tokenizer, tmp_path_factory):
+    """A folder with a tiny model and data, and the launcher variables that make a run of a few seconds from them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer.save_pretrained(folder / "model")
+    make_model("llama", len(tokenizer)).save_pretrained(folder / "model")
+    write_rows(folder / "train.jsonl", ROWS * 1 + [{**row, "prompt": "Again: " + row["prompt"]} for row in ROWS])
+    write_rows(folder / "test.jsonl", [{**row, "prompt": "Tell me: " + row["prompt"]} for row in ROWS[:5]])
+    return {
+        "POLICY_MODEL_PATH": str(folder / "model"),
+        "TRAIN_DATASET_PATH": str(folder / "train.jsonl"),
+        "TEST_DATASET_PATH": str(folder / "test.jsonl"),
+        "PREFERENCE_TEXT": PREFERENCE,
+        "GRADIENT_ACCUM_STEPS": "5",
+        "PAIRS_PER_FORWARD": "2",
+        "EVAL_STEPS": "2",
+    }
+
+
+def launch(variables: dict[str, str], *flags: str, cwd: Path, timeout: int = 400, **options):
+    """Runs ./fast_train.sh with these variables in the environment, in `cwd`."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
+    command = ["bash", str(PROJECT / "fast_train.sh"), *flags]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, **options)
