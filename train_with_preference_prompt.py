@@ -1265,7 +1265,6 @@ class PreferenceGuidedDPOTrainer(Trainer):
             processing_class=tokenizer,
         )
         self.remove_callback(ProgressCallback)
-        self.add_callback(LossProgressCallback)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
 
     # --- batches: the samplers already deal pairs out to the ranks, so accelerate must not shard them again
@@ -1620,9 +1619,10 @@ class Devices:
 
 def available_gpus() -> list[int]:
     """Numbers of the GPUs this process may use, as the machine counts them."""
+    if not torch.cuda.is_available():  # DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES even for CPU ranks
+        return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    numbers = [int(n) for n in visible.split(",") if n.strip().isdigit()]
-    return numbers or list(range(torch.cuda.device_count()))
+    return [int(n) for n in visible.split(",") if n.strip().isdigit()] or list(range(torch.cuda.device_count()))
 
 
 def resolve_devices(gpu_nodes: str, cpu_ranks: int, gpus: Sequence[int]) -> Devices:
@@ -1795,7 +1795,7 @@ def unused_path(folder: Path, name: str) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     # The libraries call their own deprecated names, and accelerate compares a default with DeepSpeed's setting.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     args = parse_arguments(argv)
     devices, pairs, reports = check_inputs(args)
@@ -1835,6 +1835,7 @@ def train(
     )
     trainer.add_callback(RunCallback(trainer))
     trainer.add_callback(TagCallback(Path(args.log_dir).expanduser(), hyperparameters(args)))
+    trainer.add_callback(LossProgressCallback)
     checkpoint_path = newest_checkpoint(Path(hf_args.output_dir)) if args.resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint_path) if checkpoint_path else None)
     if is_main:

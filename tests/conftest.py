@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +99,7 @@ def tiny_run(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer.save_pretrained(folder / "model")
     make_model("llama", len(tokenizer)).save_pretrained(folder / "model")
-    write_rows(folder / "train.jsonl", ROWS * 1 + [{**row, "prompt": "Again: " + row["prompt"]} for row in ROWS])
+    write_rows(folder / "train.jsonl", ROWS + [{**row, "prompt": "Again: " + row["prompt"]} for row in ROWS])
     write_rows(folder / "test.jsonl", [{**row, "prompt": "Tell me: " + row["prompt"]} for row in ROWS[:5]])
     return {
         "POLICY_MODEL_PATH": str(folder / "model"),
@@ -116,3 +117,28 @@ def launch(variables: dict[str, str], *flags: str, cwd: Path, timeout: int = 400
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
     command = ["bash", str(PROJECT / "fast_train.sh"), *flags]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, **options)
+
+
+def train(variables: dict[str, str], cwd: Path, timeout: int = 400):
+    """Runs the module as DeepSpeed's launcher would start its only rank, without the launcher's own start-up time."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    flags = [word for name, value in variables.items() for word in (f"--{name.lower()}", value)]
+    command = [sys.executable, str(PROJECT / "train_with_preference_prompt.py"), *flags]
+    environment = {**os.environ, **rank, "LOCAL_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def output_of(cwd: Path) -> Path:
+    return cwd / "model_output" / "Preference_Guided_DPO"
+
+
+def history(cwd: Path) -> list[dict]:
+    """What a finished run logged, one dict per logging step."""
+    return json.loads((output_of(cwd) / "trainer_state.json").read_text())["log_history"]
+
+
+def series(cwd: Path, tag: str) -> list[float]:
+    return [logs[tag] for logs in history(cwd) if tag in logs]
