@@ -239,7 +239,7 @@ def follows_from_the_update_number(schedule: str) -> bool:
     return isinstance(built, torch.optim.lr_scheduler.LambdaLR)
 
 
-UNUSABLE = "cosine_with_min_lr cosine_warmup_with_min_lr warmup_stable_decay reduce_lr_on_plateau greedy".split()
+UNUSABLE = ["cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau", "greedy"]
 
 
 @pytest.mark.parametrize("schedule", [kind.value for kind in transformers.SchedulerType])
@@ -334,6 +334,12 @@ def test_all_problems_are_reported_together():
     assert len(lines) == len(named)
     for name in named:
         assert sum(line.startswith(f"- {name}") for line in lines) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="FlagParser.error drops the values of a wrong type that were found before it")
+def test_a_missing_value_hides_no_other_problem():
+    lines = problems("--alpha", "much", "--beta")
+    assert len(lines) == 2 and "ALPHA" in lines[0] and "--beta" in lines[1]
 
 
 def test_a_value_of_a_wrong_type_invents_no_second_problem():

@@ -40,11 +40,12 @@ MAX_PROMPT_SIMILARITY = 0.40
 MAX_CHOSEN_SIMILARITY = 0.26
 COMMON_WORDS = frozenset(
     words(
-        "a about after all am an and any are as at be been before between but by can can't could did difference do does "
-        "doing don't done for from get give go had has have he help her him his how i i'm i've if in into is it it's its "
-        "just long make many may me might much my need no not of on one or our out over please really say shall she "
-        "should so some someone still tell than that the their them then there they this to too up us want was we what "
-        "what's when where which who why will with would you your"
+        "a about after all am an and any are as at be been before between but by can can't could did "
+        "difference do does doing don't done for from get give go had has have he help her him his how i i'm "
+        "i've if in into is it it's its just long make many may me might much my need no not of on one or our "
+        "out over please really say shall she should so some someone still tell than that the their them then "
+        "there they this to too up us want was we what what's when where which who why will with would you "
+        "your"
     )
 )
 COMMON_CHARACTERS = frozenset("的了吗呢吧啊么怎我你您是有在要不能和会就什多少为哪样还好来给把到行个一")
@@ -212,7 +213,7 @@ def test_boilerplate_would_be_caught(refusals):
 
 
 def usual_length_accuracy(splits, measure, language: bool) -> dict[str, float]:
-    """Accuracy of "the longer answer is chosen unless it is longer than a limit", the limit fitted to the train split."""
+    """Accuracy of "the longer answer is chosen unless above a limit", the limit fitted to the train split."""
     found = {}
     for split, pairs in splits.items():
         group = [pair for pair in pairs if is_chinese(pair) is language]

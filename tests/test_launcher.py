@@ -1,0 +1,186 @@
+"""Launcher: every variable reaches Python unchanged, mistakes end before training, signals reach every rank."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+from conftest import PROJECT, launch
+
+import train_with_preference_prompt as T
+
+SCRIPT = (PROJECT / "fast_train.sh").read_text(encoding="utf-8")
+EDIT_BLOCK = SCRIPT.split("# ---- end of the edit block")[0]
+DESIGN_VARIABLES = """
+    TRAINING_MODE PREFERENCE_TEXT PROMPT_EMBEDDING_PATH GPU_NODES POLICY_MODEL_PATH TRAIN_DATASET_PATH TEST_DATASET_PATH
+    BETA ALPHA LEARNING_RATE NUM_EPOCHS GRADIENT_ACCUM_STEPS PAIRS_PER_FORWARD LORA_R LORA_ALPHA LORA_DROPOUT
+    LORA_TARGET_MODULES MAX_LENGTH MAX_PROMPT_LENGTH OUTPUT_DIR LOG_DIR RESUME OVERWRITE SEED EVAL_STEPS
+    NUM_VIRTUAL_TOKENS LOSS_TYPE LABEL_SMOOTHING PROMPT_INIT GRADIENT_CHECKPOINTING PRECISION ZERO_STAGE OFFLOAD
+    DS_CONFIG HOSTFILE NODE_RANK MASTER_ADDR CPU_RANKS LOAD_IN_4BIT ADAPTER_PATH PRESET DRY_RUN
+""".split()
+ODD = "Sei \"höflich\",  it's $HOME $(date) `id` \\t *?[a] !x;&|<> #c\n第二行 "
+
+
+def words_of(command: str) -> list[str]:
+    """The words of a printed command, as a shell reads them."""
+    printed = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, check=True).stdout
+    return printed.decode().split("\0")[:-1]
+
+
+def printed_command(result) -> list[str]:
+    return words_of(result.stderr.split("command:\n")[1].split("\nDRY_RUN")[0])
+
+
+@pytest.fixture(scope="module")
+def dry(tiny_run, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("dry")
+    variables = {**tiny_run, "PREFERENCE_TEXT": ODD, "OUTPUT_DIR": "./out put $x", "DRY_RUN": "1"}
+    result = launch(variables, "--weight_decay", "0.125", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return {"cwd": cwd, "result": result, "words": printed_command(result)}
+
+
+def test_every_variable_of_the_design_is_in_the_edit_block():
+    names = re.findall(r'^([A-Z_0-9]+)="\$\{\1:?-', EDIT_BLOCK, re.M)
+    assert sorted(names) == sorted(DESIGN_VARIABLES)
+
+
+def test_defaults_agree_with_the_module():
+    """A setting has one default: the launcher's is the dataclass field's."""
+    defaults = T.ScriptArguments()
+    written = re.findall(r'^([A-Z_0-9]+)="\$\{\1:-(.*?)\}"', EDIT_BLOCK, re.M)
+    assert len(written) > 35
+    for name, text in written:
+        if name != "DRY_RUN":
+            value = getattr(defaults, name.lower())
+            same = text == str(value).lower() if isinstance(value, bool) else type(value)(text) == value
+            assert same, name
+    assert re.search(r'^DEFAULT_PREFERENCE="(.*)"$', EDIT_BLOCK, re.M)[1] == defaults.preference_text
+
+
+def test_values_reach_python_unchanged(dry):
+    words = dry["words"]
+    flags = words[next(i for i, w in enumerate(words) if w.endswith("train_with_preference_prompt.py")) + 1 :]
+    args = T.parse_arguments(flags)
+    assert args.preference_text == ODD and args.output_dir == "./out put $x" and args.weight_decay == 0.125
+    assert len(flags) == 2 * (len(DESIGN_VARIABLES) - 1) + 2  # every variable but DRY_RUN, and the extra flag
+
+
+def test_the_command_is_deepspeeds(dry):
+    assert any(word.endswith("/deepspeed") for word in dry["words"])
+    assert "--include=localhost:0" in dry["words"]
+    assert any(re.fullmatch(r"--master_port=\d+", word) for word in dry["words"])
+    assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in dry["words"]
+
+
+def test_a_dry_run_trains_and_writes_nothing(dry):
+    assert list(dry["cwd"].iterdir()) == []
+    for phrase in ("mode", "12 pairs", "updates", "devices", "out put $x", "logs/Preference_Guided_DPO"):
+        assert phrase in dry["result"].stderr
+
+
+def test_cores_are_shared_evenly(tiny_run, tmp_path):
+    cores = os.cpu_count()
+    result = launch({**tiny_run, "CPU_RANKS": str(cores), "DRY_RUN": "1"}, cwd=tmp_path)
+    assert f"--include=localhost:{','.join(map(str, range(cores)))}" in printed_command(result)
+    assert {f"LOCAL_SIZE={cores}", "OMP_NUM_THREADS=1"} <= set(printed_command(result))
+
+
+@pytest.mark.parametrize(
+    ("variables", "phrases"),
+    [
+        ({"GPU_NODES": "localhost:0,7"}, ["GPU_NODES (--gpu_nodes) is 'localhost:0,7'", "auto"]),
+        (
+            {"BETA": "-1", "TRAIN_DATASET_PATH": "/nowhere.jsonl", "POLICY_MODEL_PATH": "./nowhere"},
+            ["BETA (--beta) is -1.0: must be a finite number above 0"],
+        ),
+        (
+            {"TRAIN_DATASET_PATH": "/nowhere.jsonl", "POLICY_MODEL_PATH": "./nowhere"},
+            ["data file /nowhere.jsonl does not exist", "POLICY_MODEL_PATH (--policy_model_path) is './nowhere'"],
+        ),
+        ({"TRAINING_MODE": "embedding"}, ["TRAINING_MODE (--training_mode) is 'embedding'", "not available"]),
+    ],
+)
+def test_mistakes_end_with_status_2_and_one_message(tiny_run, tmp_path, variables, phrases):
+    result = launch({**tiny_run, **variables}, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr and "command:" not in result.stderr
+    for phrase in phrases:
+        assert phrase in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_compiler_the_cpu_path_says_so(tiny_run, tmp_path):
+    variables = {**tiny_run, "CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    result = launch(variables, cwd=tmp_path)
+    assert result.returncode == 2 and "no C++ compiler (no-such-compiler) was found" in result.stderr
+
+
+def test_help_explains_the_settings(tmp_path):
+    result = launch({}, "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    shown = " ".join(result.stdout.split())
+    assert "--gradient_accum_steps" in shown and "Pairs each GPU (or CPU rank) accumulates before an update." in shown
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_every_rank(tiny_run, tmp_path, sent, status):
+    variables = {**tiny_run, "NUM_EPOCHS": "100000", "CPU_RANKS": str(min(2, os.cpu_count()))}
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        launcher = subprocess.Popen(
+            ["bash", str(PROJECT / "fast_train.sh")],
+            cwd=tmp_path,
+            env={**os.environ, **variables},
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+        )
+    deadline = time.monotonic() + 240
+    while "accuracy=" not in log.read_text() and time.monotonic() < deadline and launcher.poll() is None:
+        time.sleep(0.5)
+    assert "accuracy=" in log.read_text(), log.read_text()[-3000:]
+    started = descendants(launcher.pid)
+    ranks = [p for p in started if "train_with_preference_prompt.py" in " ".join(p.cmdline()) and "-u" in p.cmdline()]
+    assert len(ranks) >= min(2, os.cpu_count())
+    launcher.send_signal(sent)
+    assert launcher.wait(timeout=30) == status
+    assert [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_an_environment_without_the_packages_gets_a_venv(tmp_path):
+    """With a python3 that lacks them, the launcher makes .venv and installs requirements.txt there: pip is a recorder."""
+    clone, recorder = tmp_path / "clone", tmp_path / "pip.log"
+    clone.mkdir()
+    for name in ("fast_train.sh", "requirements.txt", "requirements-bundled.txt"):
+        (clone / name).write_text((PROJECT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    fake = tmp_path / "bin" / "python3"
+    fake.parent.mkdir()
+    fake.write_text(
+        f"""#!/bin/bash
+case "$*" in
+  *sys.executable*) echo "{fake}" ;;
+  *version_info*) exit 0 ;;
+  "-m venv "*) mkdir -p "$3/bin"; cp "{fake}" "$3/bin/python" ;;
+  "-m pip "*) echo "$0 $*" >> "{recorder}" ;;
+  *) exit 1 ;;
+esac
+"""
+    )
+    fake.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}", "POLICY_MODEL_PATH": ""}
+    command = ["bash", str(clone / "fast_train.sh"), "--setup"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    main, bundled = recorder.read_text().splitlines()
+    assert main.startswith(str(clone / ".venv/bin/python")) and main.endswith(f"-r {clone / 'requirements.txt'}")
+    assert "--no-deps" in bundled and bundled.endswith(f"-r {clone / 'requirements-bundled.txt'}")
+    assert result.stdout.strip() == str(clone / ".venv/bin/python")
+    assert "setting up" in result.stderr

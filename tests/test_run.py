@@ -1,0 +1,172 @@
+"""A whole run through ./fast_train.sh: outputs, TensorBoard, inference with what was saved, and a second start."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, launch, output_of
+from peft import PeftModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_logging import CONTRACT_EVAL, CONTRACT_TRAIN
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+import train_with_preference_prompt as T
+
+ODD_TEXT = "Be \"plain\",  it's $HOME `date` \\n*\nund höflich — 请简短。"
+REMAINING_TAGS = {"optim/learning_rate", "optim/grad_norm", "throughput/pairs_per_second", "throughput/tokens_per_second"}
+FILES = {
+    "pytorch_model.bin",
+    "config.json",
+    "adapter_config.json",
+    "adapter_model.bin",
+    "adapter_model.safetensors",
+    "training_args.bin",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "trainer_state.json",
+    "README.md",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run, tmp_path_factory):
+    """One finished run with awkward values, started twice: (working folder, first result, second result)."""
+    cwd = tmp_path_factory.mktemp("a folder with spaces")
+    variables = {**tiny_run, "PREFERENCE_TEXT": ODD_TEXT, "LEARNING_RATE": "0.01"}
+    first = launch(variables, cwd=cwd)
+    assert first.returncode == 0, first.stderr[-3000:]
+    kept = {path.name: path.read_bytes() for path in output_of(cwd).iterdir() if path.is_file()}
+    second = launch({**variables, "NUM_EPOCHS": "0.1"}, cwd=cwd)
+    assert second.returncode == 0, second.stderr[-3000:]
+    (aside,) = (path for path in output_of(cwd).parent.iterdir() if path != output_of(cwd))
+    return {"cwd": cwd, "first": first, "second": second, "output": aside, "kept": kept, "variables": variables}
+
+
+def events(folder: Path) -> EventAccumulator:
+    (file,) = folder.glob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(file))
+    accumulator.Reload()
+    return accumulator
+
+
+@pytest.fixture(scope="module")
+def first_events(run):
+    (folder,) = (run["cwd"] / "logs" / "Preference_Guided_DPO" / "runs").iterdir()
+    return events(folder)
+
+
+def test_every_file_of_the_contract_is_there(run):
+    assert FILES <= {path.name for path in run["output"].iterdir()}
+    assert T.newest_checkpoint(run["output"]).name == "checkpoint-3"
+
+
+def test_a_second_start_moves_the_finished_run_aside_unchanged(run):
+    assert {path.name: path.read_bytes() for path in run["output"].iterdir() if path.is_file()} == run["kept"]
+    assert re.fullmatch(r"Preference_Guided_DPO-\d{8}-\d{6}", run["output"].name)
+    assert "moved aside" in run["second"].stderr and str(run["output"].name) in run["second"].stdout
+    assert len(list((run["cwd"] / "logs" / "Preference_Guided_DPO").glob("events.*"))) == 1
+
+
+def test_tags_are_exactly_those_of_the_contract(first_events):
+    assert set(first_events.Tags()["scalars"]) == CONTRACT_TRAIN | CONTRACT_EVAL | REMAINING_TAGS
+
+
+def test_scalars_have_one_finite_value_per_update_and_evaluation(first_events):
+    for tag in CONTRACT_TRAIN | REMAINING_TAGS:
+        assert [e.step for e in first_events.Scalars(tag)] == [1, 2, 3], tag
+    for tag in CONTRACT_EVAL:
+        assert [e.step for e in first_events.Scalars(tag)] == [0, 2, 3], tag
+    values = [e.value for tag in first_events.Tags()["scalars"] for e in first_events.Scalars(tag)]
+    assert all(map(math.isfinite, values))
+
+
+def test_loss_is_its_components(first_events):
+    """alpha is the default 0.1"""
+    for tag in ("loss/train", "loss/eval"):
+        suffix = "_eval" if tag == "loss/eval" else ""
+        parts = (first_events.Scalars(f"loss_components/{name}_loss{suffix}") for name in ("dpo", "aligned"))
+        for total, dpo, aligned in zip(first_events.Scalars(tag), *parts, strict=True):
+            assert total.value == pytest.approx(dpo.value + 0.1 * aligned.value, rel=1e-5)
+
+
+def test_samples_and_hyperparameters(first_events, run):
+    (sample,) = first_events.Tensors("samples/before_and_after/text_summary")
+    table = sample.tensor_proto.string_val[0].decode()
+    assert table.count("\n") == 1 + T.SAMPLE_PROMPTS and "| prompt | before | after |" in table
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    content = first_events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    shown = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert shown["preference_text"].string_value == ODD_TEXT  # quotes, $, newline and Chinese arrive unchanged
+    assert shown["beta"].number_value == 0.05 and shown["gradient_accum_steps"].number_value == 5
+
+
+def test_what_the_launcher_says(run):
+    said = run["first"].stderr
+    for phrase in ("12 pairs", "5 pairs", "1 × 5, 2 in a forward", "CPU, 1 rank(s)", "--include=localhost:0"):
+        assert phrase in said, phrase
+    assert "tensorboard --logdir" in said and "the trained model is in" in said
+    assert "only 3 updates" in said
+    shown = run["first"].stdout
+    assert "12 rows read, 12 pairs used" in shown and "⟦Eight minutes in boiling water.<|im_end|>⟧" in shown
+    assert "equals the trained model" in shown and "loss=" in said and "accuracy=" in said
+
+
+def readme_snippet() -> str:
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.S) if "peft" in b)
+    return block
+
+
+def test_the_readmes_inference_snippet(run, capsys, monkeypatch):
+    """As it stands in the README, with the paths of this run in the place of the bundled ones."""
+    snippet = readme_snippet()
+    assert "PeftModel.from_pretrained(base_model" in snippet and "model.generate" in snippet
+    snippet = snippet.replace("./models/SmolLM2-135M-Instruct", run["variables"]["POLICY_MODEL_PATH"])
+    snippet = snippet.replace("max_length=300", "max_length=40")
+    target = run["cwd"] / "model_output" / "Preference_Guided_DPO"
+    assert target.is_dir()
+    monkeypatch.chdir(run["cwd"])
+    exec(snippet, {})
+    assert len(capsys.readouterr().out.strip()) > 0
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 40)[None]).logits
+
+
+def test_adapter_and_merged_weights_agree(run):
+    base = run["variables"]["POLICY_MODEL_PATH"]
+    adapted = logits_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run["output"]))
+    merged = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(run["output"]))
+    merged.load_state_dict(torch.load(run["output"] / "pytorch_model.bin", weights_only=True))
+    torch.testing.assert_close(logits_of(merged), adapted, rtol=1e-4, atol=1e-4)
+    assert (logits_of(AutoModelForCausalLM.from_pretrained(base)) - adapted).abs().max() > 1e-2
+    loaded = AutoModelForCausalLM.from_pretrained(run["output"])  # however it chooses to load the folder
+    torch.testing.assert_close(logits_of(loaded), adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_two_adapter_files_are_equal(run):
+    binary = torch.load(run["output"] / "adapter_model.bin", weights_only=True)
+    tensors = load_file(run["output"] / "adapter_model.safetensors")
+    assert binary.keys() == tensors.keys() and all(torch.equal(binary[name], tensors[name]) for name in binary)
+    assert json.loads((run["output"] / "adapter_config.json").read_text())["r"] == 16
+
+
+def test_tokenizer_and_training_args_reload(run):
+    text = "How do I boil an egg? 你好"
+    base = AutoTokenizer.from_pretrained(run["variables"]["POLICY_MODEL_PATH"])
+    assert AutoTokenizer.from_pretrained(run["output"])(text).input_ids == base(text).input_ids
+    saved = torch.load(run["output"] / "training_args.bin", weights_only=False)  # written by this test's own run
+    assert isinstance(saved, TrainingArguments) and saved.learning_rate == 0.01
+
+
+def test_the_model_card_says_what_was_done(run):
+    card = (run["output"] / "README.md").read_text(encoding="utf-8")
+    for phrase in ("library_name: peft", "train.jsonl", "| beta | 0.05 |", "rewards_eval/accuracy", "请简短"):
+        assert phrase in card, phrase
+    assert str(run["variables"]["POLICY_MODEL_PATH"]) in card

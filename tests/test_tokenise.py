@@ -1,0 +1,491 @@
+"""Tokenise: the ids are those of the tokenizer's own chat template, both conditions share content and answers, and the
+two limits cut what they may cut: the oldest content of a prompt and the end of an answer, never template or prefix."""
+
+import copy
+from pathlib import Path
+
+import pytest
+from conftest import CHATML, PREFERENCE, ROWS
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+import train_with_preference_prompt as T
+
+HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"  # around the content of a prompt in ChatML
+END = "<|im_end|>"
+
+REFUSES = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+)
+DROPS = "{% for message in messages %}{% if message['role'] != 'system' %}" + CHATML.split("%}", 1)[1].replace(
+    "{% endfor %}", "{% endif %}{% endfor %}"
+)
+TEMPLATES = {  # name → (template, where the preference belongs)
+    "ChatML": (CHATML, "system"),
+    "default system message": (
+        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
+        + CHATML,
+        "system",
+    ),
+    "contains the BOS": ("{{ '<|endoftext|>' }}" + CHATML, "system"),
+    "system message inside the user's": (
+        "{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
+        "{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}"
+        + CHATML.replace("message['content']", "(first if loop.first else '') + message['content']"),
+        "system",
+    ),
+    "strips content": (CHATML.replace("message['content']", "message['content'] | trim"), "system"),
+    "refuses the system role": (REFUSES, "user"),
+    "drops the system role": (DROPS, "user"),
+}
+PROMPTS = [
+    "How do I boil an egg?",
+    "x",
+    "  two spaces before, one after ",
+    "\nA newline before, and after\n",
+    "\n\n\nThree\n\n",
+    "🥚 first, and a flag last 🇨🇭",
+    "你好，今天吃什么？",
+    "e\u0301 combining, \u2028 separator, \x00 nul",
+    "A spelt-out <|im_end|> and <|im_start|>system too",
+    "\ue000\ue001",
+    "{{ messages }} {% raise %} %s {0}",
+    "  ".join(["word"] * 12),
+]
+LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+
+
+def variant(tokenizer, template, eos=END):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template, changed.eos_token = template, eos
+    return changed
+
+
+def adds_bos(tokenizer):
+    """Like Llama's and Gemma's: every text that is encoded with special tokens begins with the BOS."""
+    changed = copy.deepcopy(tokenizer)
+    changed.bos_token = "<|endoftext|>"
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    assert changed("x").input_ids[0] == changed.bos_token_id == 0
+    return changed
+
+
+def template_ids(tokenizer, messages) -> list[int]:
+    """What the tokenizer itself makes of a prompt."""
+    encoded = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
+    return list(encoded["input_ids"] if hasattr(encoded, "keys") else encoded)
+
+
+def ids(tokenizer, text) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def pair(prompt="Two plus two?", chosen="Four.", rejected="Five, I think.", row=1):
+    return T.Pair(prompt, chosen, rejected, row)
+
+
+def run(tokenizer, one, text=PREFERENCE, max_length=500, max_prompt_length=400):
+    """The tokenised pair and the report."""
+    report = T.DataReport(Path("memory"), rows=1)
+    return T.PairTokenizer(tokenizer, T.TextPrefix(text), max_length, max_prompt_length)(one, report), report
+
+
+# --- prompts
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_prompt_ids_are_those_of_the_chat_template(tokenizer, name, prompt):
+    template, place = TEMPLATES[name]
+    changed = variant(tokenizer, template)
+    done, report = run(changed, pair(prompt))
+    user = {"role": "user", "content": prompt}
+    guided = {
+        "system": [{"role": "system", "content": PREFERENCE}, user],
+        "user": [{"role": "user", "content": f"{PREFERENCE}\n\n{prompt}"}],
+    }
+    if name == "strips content" and place == "user":
+        guided["user"][0]["content"] = f"{PREFERENCE}\n\n{prompt.strip()}"
+    assert done.prompt_ids == template_ids(changed, [user])
+    assert done.pref_prompt_ids == template_ids(changed, guided[place])
+    assert PREFERENCE in changed.decode(done.pref_prompt_ids)
+    assert report.truncated_prompts == 0
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_both_conditions_share_content_and_answers(tokenizer, name):
+    changed = variant(tokenizer, TEMPLATES[name][0])
+    for row in ROWS:
+        done, _ = run(changed, T.Pair(**row, row=1))
+        shared = ids(changed, row["prompt"]) + ids(changed, TAIL)
+        assert done.prompt_ids[-len(shared) :] == done.pref_prompt_ids[-len(shared) :] == shared
+        assert done.chosen_ids == [*ids(changed, row["chosen"]), 2]
+        assert done.rejected_ids == [*ids(changed, row["rejected"]), 2]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_empty_preference_leaves_the_prompt_as_it_is(tokenizer, name):
+    done, _ = run(variant(tokenizer, TEMPLATES[name][0]), pair(), text="")
+    assert done.pref_prompt_ids == done.prompt_ids
+
+
+def test_without_a_template_the_preference_stands_before_the_prompt(tokenizer):
+    plain = variant(tokenizer, None)
+    done, _ = run(plain, pair("How do I boil an egg?"))
+    assert done.prompt_ids == ids(plain, "How do I boil an egg?")
+    assert done.pref_prompt_ids == ids(plain, f"{PREFERENCE}\n\n") + done.prompt_ids
+    assert run(plain, pair(), text="")[0].pref_prompt_ids == ids(plain, "Two plus two?")
+
+
+@pytest.mark.parametrize("limit", [400, 8])
+def test_one_bos_without_a_template(tokenizer, limit):
+    changed = variant(adds_bos(tokenizer), None)
+    done, _ = run(changed, pair(LONG), max_prompt_length=limit)
+    for prompt_ids in (done.prompt_ids, done.pref_prompt_ids):
+        assert prompt_ids[0] == 0 and prompt_ids.count(0) == 1
+    assert 0 not in done.chosen_ids + done.rejected_ids
+    assert len(done.prompt_ids) == min(limit, 1 + len(ids(changed, LONG)))
+
+
+@pytest.mark.parametrize(("name", "count"), [("contains the BOS", 1), ("ChatML", 0)])
+def test_a_template_alone_decides_about_the_bos(tokenizer, name, count):
+    """As `apply_chat_template` does: what the tokenizer would add to bare text is not added to a rendered prompt."""
+    changed = variant(adds_bos(tokenizer), TEMPLATES[name][0])
+    done, _ = run(changed, pair())
+    assert done.prompt_ids.count(0) == done.pref_prompt_ids.count(0) == count
+    assert done.prompt_ids == template_ids(changed, [{"role": "user", "content": "Two plus two?"}])
+    assert 0 not in done.chosen_ids + done.rejected_ids
+
+
+@pytest.mark.xfail(
+    strict=True, reason="without a template a BOS spelt out at the start of a prompt stands after the added one"
+)
+def test_one_bos_where_the_prompt_brings_its_own(tokenizer):
+    done, _ = run(variant(adds_bos(tokenizer), None), pair("<|endoftext|>Two plus two?"))
+    assert done.prompt_ids.count(0) == 1 and done.pref_prompt_ids.count(0) == 1
+
+
+# --- where the preference goes
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_where_the_preference_goes(tokenizer, name):
+    template, place = TEMPLATES[name]
+    changed = variant(tokenizer, template)
+    shown = changed.decode(run(changed, pair("Is it?"))[0].pref_prompt_ids)
+    if place == "user" or name == "system message inside the user's":
+        assert f"{HEAD}{PREFERENCE}\n\nIs it?{END}" in shown and "system" not in shown
+    else:
+        assert f"<|im_start|>system\n{PREFERENCE}{END}" in shown and f"{HEAD}Is it?{END}" in shown
+    assert shown.count(PREFERENCE) == 1
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="_choose_guide looks for the unstripped text, so a template that trims counts as one without a system role",
+)
+def test_white_space_around_the_preference_does_not_move_it(tokenizer):
+    changed = variant(tokenizer, TEMPLATES["strips content"][0])
+    done, _ = run(changed, pair("Is it?"), text=f"{PREFERENCE}\n")
+    assert f"<|im_start|>system\n{PREFERENCE}{END}" in changed.decode(done.pref_prompt_ids)
+
+
+def test_an_error_that_is_not_the_templates_is_not_hidden(tokenizer):
+    changed = variant(tokenizer, CHATML)
+
+    def broken(*args, **kwargs):
+        raise MemoryError("no room")
+
+    changed.apply_chat_template = broken
+    with pytest.raises(MemoryError):
+        run(changed, pair())
+
+
+UNUSABLE_TEMPLATES = {
+    "says the prompt twice": CHATML.replace("message['content']", "message['content'] + message['content']"),
+    "never says the prompt": CHATML.replace("message['content']", "'…'"),
+    "wants a list of parts": CHATML.replace("message['content']", "message['content'][0]['text']"),
+}
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a template that does not show the prompt exactly once ends as 'values to unpack'"
+)
+@pytest.mark.parametrize("name", UNUSABLE_TEMPLATES)
+def test_a_template_that_does_not_show_the_prompt_once_is_an_error(tokenizer, name):
+    with pytest.raises(T.InputError, match="template"):
+        run(variant(tokenizer, UNUSABLE_TEMPLATES[name]), pair())
+
+
+def test_a_template_that_rewrites_the_prompt_is_an_error(tokenizer):
+    template = CHATML.replace("message['content']", "message['content'] + ('!' if 'egg' in message['content'] else '')")
+    changed = variant(tokenizer, template)
+    assert run(changed, pair("A pan?"))[0].prompt_ids == ids(changed, f"{HEAD}A pan?{TAIL}")
+    with pytest.raises(T.InputError, match="rewrites the prompt 'An egg"):
+        run(changed, pair("An egg?"))
+
+
+# --- a prompt that is too long
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_overlong_prompt_loses_its_oldest_content_only(tokenizer, name):
+    changed = variant(tokenizer, TEMPLATES[name][0])
+    content, tail = ids(changed, LONG), ids(changed, TAIL)
+    whole, _ = run(changed, pair(LONG))
+    head = whole.prompt_ids[: -len(content + tail)]
+    pref_head = whole.pref_prompt_ids[: -len(content + tail)]
+    assert whole.prompt_ids == head + content + tail and len(content) > 40
+    for kept in (1, 2, 17, len(content) - 1):
+        limit = len(head) + kept + len(tail)
+        done, report = run(changed, pair(LONG), max_prompt_length=limit)
+        assert done.prompt_ids == head + content[-kept:] + tail
+        assert done.pref_prompt_ids == pref_head + content[-kept:] + tail
+        assert (len(done.prompt_ids), report.truncated_prompts) == (limit, 1)
+    done, report = run(changed, pair(LONG), max_prompt_length=len(whole.prompt_ids))
+    assert (done.prompt_ids, report.truncated_prompts) == (whole.prompt_ids, 0)
+
+
+def test_an_overlong_prompt_without_a_template(tokenizer):
+    plain = variant(tokenizer, None)
+    content = ids(plain, LONG)
+    done, report = run(plain, pair(LONG), max_prompt_length=9)
+    assert done.prompt_ids == content[-9:]
+    assert done.pref_prompt_ids == ids(plain, f"{PREFERENCE}\n\n") + content[-9:]
+    assert report.truncated_prompts == 1
+
+
+@pytest.mark.parametrize("template", [CHATML, REFUSES, None])
+def test_the_prefix_is_never_cut_and_counts_against_no_limit(tokenizer, template):
+    changed = variant(tokenizer, template)
+    long_text = " ".join([PREFERENCE] * 30)
+    limits = dict(max_length=30, max_prompt_length=25)
+    assert len(ids(changed, long_text)) > 300
+    brief, _ = run(changed, pair(LONG, chosen=LONG), text="Be brief.", **limits)
+    wordy, report = run(changed, pair(LONG, chosen=LONG), text=long_text, **limits)
+    assert long_text in changed.decode(wordy.pref_prompt_ids)
+    assert len(wordy.prompt_ids) == 25
+    assert (wordy.prompt_ids, wordy.chosen_ids, wordy.rejected_ids) == (
+        *(brief.prompt_ids, brief.chosen_ids, brief.rejected_ids),
+    )
+    assert (report.truncated_prompts, report.truncated_answers) == (1, 2)
+
+
+@pytest.mark.parametrize("limit", [1, 16])
+def test_a_limit_smaller_than_the_template_is_an_error(tokenizer, limit):
+    frame = len(ids(tokenizer, HEAD + TAIL))
+    assert frame == 16  # <|im_start|> u s er \n · <|im_end|> \n <|im_start|> a s s i s t an t \n, with this vocabulary
+    with pytest.raises(T.InputError, match=rf"MAX_PROMPT_LENGTH \(--max_prompt_length\) is {limit}, .*takes 16 tokens"):
+        run(tokenizer, pair(), max_prompt_length=limit)
+
+
+def test_a_limit_one_larger_than_the_template_keeps_one_token_of_content(tokenizer):
+    done, _ = run(tokenizer, pair("Two plus two?"), max_prompt_length=17)
+    assert done.prompt_ids == ids(tokenizer, HEAD) + ids(tokenizer, "Two plus two?")[-1:] + ids(tokenizer, TAIL)
+
+
+@pytest.fixture(scope="module")
+def joins_newlines():
+    """Splits text as Qwen2's and Llama 3's tokenizers do, where two newlines in a row are one token."""
+    pattern = r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*alphabet, "ĊĊ", "<|im_start|>", END])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END, additional_special_tokens=["<|im_start|>"])
+    made.chat_template = CHATML
+    assert made.convert_ids_to_tokens(ids(made, "a\n\nb")) == ["a", "ĊĊ", "b"]
+    return made
+
+
+def test_a_token_that_spans_template_and_content_is_kept_whole(joins_newlines):
+    """The template's newline and the prompt's first one are a single token."""
+    prompt = "\nWhat?"
+    done, _ = run(joins_newlines, pair(prompt))
+    user = {"role": "user", "content": prompt}
+    assert done.prompt_ids == template_ids(joins_newlines, [user])
+    assert done.pref_prompt_ids == template_ids(joins_newlines, [{"role": "system", "content": PREFERENCE}, user])
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a token that spans template and content counts as content: cut, it takes template with it"
+)
+def test_cutting_a_prompt_that_begins_with_a_newline_keeps_the_template(joins_newlines):
+    done, _ = run(joins_newlines, pair("\nWhat is a very long question?"), max_prompt_length=40)
+    shown = joins_newlines.decode(done.prompt_ids)
+    assert shown.startswith(HEAD) and shown.endswith("question?" + TAIL) and len(done.prompt_ids) <= 40
+
+
+# --- answers
+
+
+def test_an_answer_ends_with_one_end_token_unless_it_is_cut(tokenizer):
+    prompt_ids = ids(tokenizer, f"{HEAD}Two plus two?{TAIL}")
+    chosen, rejected = ids(tokenizer, "Four."), ids(tokenizer, LONG)
+    assert len(chosen) < len(rejected) and 2 not in chosen + rejected
+    for room in range(1, len(rejected) + 3):
+        options = dict(max_length=len(prompt_ids) + room, max_prompt_length=len(prompt_ids))
+        done, report = run(tokenizer, pair("Two plus two?", "Four.", LONG), **options)
+        assert done.prompt_ids == prompt_ids
+        assert done.chosen_ids == (chosen[:room] if room <= len(chosen) else [*chosen, 2])
+        assert done.rejected_ids == (rejected[:room] if room <= len(rejected) else [*rejected, 2])
+        assert done.chosen_ids and done.rejected_ids
+        assert report.truncated_answers == (room <= len(chosen)) + (room <= len(rejected))
+
+
+def test_a_shorter_prompt_leaves_more_room_for_the_answer(tokenizer):
+    limits = dict(max_length=60, max_prompt_length=40)
+    for prompt in ("x", "Two plus two?", LONG):
+        done, _ = run(tokenizer, pair(prompt, chosen=LONG * 2), **limits)
+        assert len(done.prompt_ids) <= 40 and len(done.prompt_ids) + len(done.chosen_ids) == 60
+
+
+@pytest.mark.parametrize(("max_prompt_length", "max_length"), [(17, 18), (30, 31), (25, 40)])
+def test_no_answer_is_ever_empty(tokenizer, pairs, max_prompt_length, max_length):
+    for one in pairs:
+        done, _ = run(tokenizer, one, max_length=max_length, max_prompt_length=max_prompt_length)
+        for answer in (done.chosen_ids, done.rejected_ids):
+            assert answer and len(done.prompt_ids) + len(answer) <= max_length
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Say <|im_end|> and <|im_start|>system to stop.",
+        "<|im_start|>assistant",
+        "<|im_end|>\nFour.",
+        "<|endoftext|>",
+        "<|im_end|> ",
+    ],
+)
+def test_special_tokens_spelt_out_in_an_answer_stay_text(tokenizer, answer):
+    tokenize = T.PairTokenizer(tokenizer, T.TextPrefix(PREFERENCE), 200, 100)
+    report = T.DataReport(Path("memory"))
+    for _ in range(2):  # the setting is the backend's: it must not leak from answers into prompts, nor back
+        done = tokenize(pair(chosen=answer), report)
+        assert [i for i in done.chosen_ids if i < 3] == [2]
+        assert tokenizer.decode(done.chosen_ids) == answer + END
+        assert [i for i in done.prompt_ids if i < 3] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("answer", ["Four.<|im_end|>", "Four."])
+def test_an_answer_that_brings_its_end_token_gets_no_second(tokenizer, answer):
+    done, _ = run(tokenizer, pair(chosen=answer))
+    assert done.chosen_ids == [*ids(tokenizer, "Four."), 2]
+
+
+END_TOKENS = {  # template, eos → end token's id; 0 is <|endoftext|>, 2 is <|im_end|>
+    "eos ends the turn": (CHATML, END, 2),
+    "another token ends the turn": (CHATML, "<|endoftext|>", 2),
+    "white space before it": (CHATML.replace("'<|im_end|>", "'\n<|im_end|>"), "<|endoftext|>", 2),
+    "no token ends the turn": (CHATML.replace("<|im_end|>", "</turn>"), "<|endoftext|>", 0),
+    "eos after the turn only": (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}",
+        "<|endoftext|>",
+        0,
+    ),
+    "no template": (None, "<|endoftext|>", 0),
+}
+
+
+@pytest.mark.parametrize("name", END_TOKENS)
+def test_the_end_token_is_the_one_that_ends_the_templates_turn(tokenizer, name):
+    template, eos, end_id = END_TOKENS[name]
+    changed = variant(tokenizer, template, eos)
+    done, _ = run(changed, pair())
+    assert done.chosen_ids == [*ids(changed, "Four."), end_id]
+    assert done.rejected_ids == [*ids(changed, "Five, I think."), end_id]
+    text = changed.convert_ids_to_tokens(end_id)
+    assert run(changed, pair(chosen=f"Four.{text}"))[0].chosen_ids == done.chosen_ids
+
+
+# --- pairs that cannot teach
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "room", "kept"),
+    [
+        ("abcdX", "abcdY", 4, False),
+        ("abcdX", "abcdY", 5, True),
+        ("abcd", "abcdY", 4, False),
+        ("abcd", "abcdY", 5, True),  # the end token against Y
+        ("abcd<|im_end|>", "abcd", 9, False),
+    ],
+)
+def test_answers_that_are_the_same_once_cut_are_dropped(joins_newlines, chosen, rejected, room, kept):
+    prompt_length = len(ids(joins_newlines, f"{HEAD}Two?{TAIL}"))
+    options = dict(max_length=prompt_length + room, max_prompt_length=prompt_length)
+    done, report = run(joins_newlines, pair("Two?", chosen, rejected, row=7), **options)
+    assert (done is not None) == kept
+    assert list(report.dropped.values()) == ([] if kept else [[7]])
+    if not kept:
+        assert (report.truncated_answers, report.usable) == (0, 0)
+        assert "MAX_LENGTH (row 7)" in report.describe_dropped()
+
+
+@pytest.mark.xfail(strict=True, reason="an answer that is only the end token's text is empty, but is not dropped")
+@pytest.mark.parametrize("field", ["chosen", "rejected"])
+def test_an_answer_that_is_only_the_end_token_is_empty(tokenizer, field):
+    done, report = run(tokenizer, pair(**{field: END}))
+    assert done is None and list(report.dropped.values()) == [[1]]
+
+
+def test_pairs_of_a_file(tokenizer, pairs, tokenize):
+    report = T.DataReport(Path("memory"), rows=7)
+    same = pair(chosen="Four." + END, rejected="Four.", row=7)
+    done = T.tokenize_pairs([*pairs, same], report, tokenize)
+    assert [one.row for one in done] == [1, 2, 3, 4, 5, 6]
+    assert (report.usable, list(report.dropped.values())) == (6, [[7]])
+    with pytest.raises(T.InputError, match=r"data file memory: none .*row 7"):
+        T.tokenize_pairs([same], T.DataReport(Path("memory"), rows=1), tokenize)
+
+
+# --- tokenizers that cannot be used
+
+
+def test_a_slow_tokenizer_is_an_error():
+    with pytest.raises(T.InputError, match="ByT5Tokenizer.*fast"):
+        T.PairTokenizer(ByT5Tokenizer(), T.TextPrefix(PREFERENCE), 200, 100)
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_a_tokenizer_without_an_end_token_is_an_error(tokenizer, template):
+    with pytest.raises(T.InputError, match="no end-of-sequence token"):
+        T.PairTokenizer(variant(tokenizer, template, eos=None), T.TextPrefix(PREFERENCE), 200, 100)
+
+
+# --- what is shown
+
+
+def test_the_example_shows_both_conditions_and_what_is_scored(tokenizer):
+    done, _ = run(tokenizer, pair("Two plus two?", "Four.", "Five."))
+    assert T.describe_example(done, tokenizer).splitlines() == [
+        "--- plain, chosen answer",
+        "<|im_start|>user",
+        "Two plus two?<|im_end|>",
+        "<|im_start|>assistant",
+        "⟦Four.<|im_end|>⟧",
+        "--- with the preference, chosen answer",
+        "<|im_start|>system",
+        "Answer plainly and honestly.<|im_end|>",
+        "<|im_start|>user",
+        "Two plus two?<|im_end|>",
+        "<|im_start|>assistant",
+        "⟦Four.<|im_end|>⟧",
+        "--- the rejected answer, scored after the same two prompts",
+        "⟦Five.<|im_end|>⟧",
+    ]
+
+
+def test_lengths_are_medians_and_longest():
+    made = [T.TokenizedPair([0] * p, [0] * 99, [0] * c, [0] * r, 1) for p, c, r in ((3, 1, 7), (9, 2, 8), (4, 5, 3))]
+    assert T.describe_lengths(made) == "prompt 4 tokens (longest 9), answer 5 tokens (longest 8)"  # of 1 2 3 5 7 8
