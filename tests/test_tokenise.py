@@ -17,9 +17,7 @@ END = "<|im_end|>"
 REFUSES = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 )
-DROPS = "{% for message in messages %}{% if message['role'] != 'system' %}" + CHATML.split("%}", 1)[1].replace(
-    "{% endfor %}", "{% endif %}{% endfor %}"
-)
+DROPS = CHATML.replace("in messages %}", "in messages if message['role'] != 'system' %}")
 TEMPLATES = {  # name → (template, where the preference belongs)
     "ChatML": (CHATML, "system"),
     "default system message": (
@@ -106,8 +104,6 @@ def test_prompt_ids_are_those_of_the_chat_template(tokenizer, name, prompt):
         "system": [{"role": "system", "content": PREFERENCE}, user],
         "user": [{"role": "user", "content": f"{PREFERENCE}\n\n{prompt}"}],
     }
-    if name == "strips content" and place == "user":
-        guided["user"][0]["content"] = f"{PREFERENCE}\n\n{prompt.strip()}"
     assert done.prompt_ids == template_ids(changed, [user])
     assert done.pref_prompt_ids == template_ids(changed, guided[place])
     assert PREFERENCE in changed.decode(done.pref_prompt_ids)
@@ -219,11 +215,10 @@ def test_a_template_that_does_not_show_the_prompt_once_is_an_error(tokenizer, na
         run(variant(tokenizer, UNUSABLE_TEMPLATES[name]), pair())
 
 
-def test_a_template_that_rewrites_the_prompt_is_an_error(tokenizer):
-    template = CHATML.replace("message['content']", "message['content'] + ('!' if 'egg' in message['content'] else '')")
-    changed = variant(tokenizer, template)
+def test_a_template_that_depends_on_the_prompt_is_an_error(tokenizer):
+    changed = variant(tokenizer, "{{ 'Cook! ' if 'egg' in messages[-1]['content'] }}" + CHATML)
     assert run(changed, pair("A pan?"))[0].prompt_ids == ids(changed, f"{HEAD}A pan?{TAIL}")
-    with pytest.raises(T.InputError, match="rewrites the prompt 'An egg"):
+    with pytest.raises(T.InputError, match="template.*rewrites the prompt 'An egg"):
         run(changed, pair("An egg?"))
 
 
@@ -261,7 +256,7 @@ def test_an_overlong_prompt_without_a_template(tokenizer):
 def test_the_prefix_is_never_cut_and_counts_against_no_limit(tokenizer, template):
     changed = variant(tokenizer, template)
     long_text = " ".join([PREFERENCE] * 30)
-    limits = dict(max_length=30, max_prompt_length=25)
+    limits = {"max_length": 30, "max_prompt_length": 25}
     assert len(ids(changed, long_text)) > 300
     brief, _ = run(changed, pair(LONG, chosen=LONG), text="Be brief.", **limits)
     wordy, report = run(changed, pair(LONG, chosen=LONG), text=long_text, **limits)
@@ -332,7 +327,7 @@ def test_an_answer_ends_with_one_end_token_unless_it_is_cut(tokenizer):
     chosen, rejected = ids(tokenizer, "Four."), ids(tokenizer, LONG)
     assert len(chosen) < len(rejected) and 2 not in chosen + rejected
     for room in range(1, len(rejected) + 3):
-        options = dict(max_length=len(prompt_ids) + room, max_prompt_length=len(prompt_ids))
+        options = {"max_length": len(prompt_ids) + room, "max_prompt_length": len(prompt_ids)}
         done, report = run(tokenizer, pair("Two plus two?", "Four.", LONG), **options)
         assert done.prompt_ids == prompt_ids
         assert done.chosen_ids == (chosen[:room] if room <= len(chosen) else [*chosen, 2])
@@ -342,7 +337,7 @@ def test_an_answer_ends_with_one_end_token_unless_it_is_cut(tokenizer):
 
 
 def test_a_shorter_prompt_leaves_more_room_for_the_answer(tokenizer):
-    limits = dict(max_length=60, max_prompt_length=40)
+    limits = {"max_length": 60, "max_prompt_length": 40}
     for prompt in ("x", "Two plus two?", LONG):
         done, _ = run(tokenizer, pair(prompt, chosen=LONG * 2), **limits)
         assert len(done.prompt_ids) <= 40 and len(done.prompt_ids) + len(done.chosen_ids) == 60
@@ -388,8 +383,9 @@ END_TOKENS = {  # template, eos → end token's id; 0 is <|endoftext|>, 2 is <|i
     "white space before it": (CHATML.replace("'<|im_end|>", "'\n<|im_end|>"), "<|endoftext|>", 2),
     "no token ends the turn": (CHATML.replace("<|im_end|>", "</turn>"), "<|endoftext|>", 0),
     "eos after the turn only": (
-        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}"
-        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}",
+        CHATML.replace("{% endfor %}", "{{ eos_token if message['role'] == 'assistant' }}{% endfor %}").replace(
+            END, ""
+        ),
         "<|endoftext|>",
         0,
     ),
@@ -423,7 +419,7 @@ def test_the_end_token_is_the_one_that_ends_the_templates_turn(tokenizer, name):
 )
 def test_answers_that_are_the_same_once_cut_are_dropped(joins_newlines, chosen, rejected, room, kept):
     prompt_length = len(ids(joins_newlines, f"{HEAD}Two?{TAIL}"))
-    options = dict(max_length=prompt_length + room, max_prompt_length=prompt_length)
+    options = {"max_length": prompt_length + room, "max_prompt_length": prompt_length}
     done, report = run(joins_newlines, pair("Two?", chosen, rejected, row=7), **options)
     assert (done is not None) == kept
     assert list(report.dropped.values()) == ([] if kept else [[7]])

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Sets up what the tests need and runs them all; arguments go to pytest: ./tests/run.sh tests/test_loss.py -k ln_2
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON="$(./fast_train.sh --setup)"
+if ! "$PYTHON" -c 'import pytest' 2>/dev/null; then
+  echo "installing tests/requirements.txt for $PYTHON" >&2
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+fi
+exec "$PYTHON" -m pytest "$@"
