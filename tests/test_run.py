@@ -146,8 +146,9 @@ def test_adapter_and_merged_weights_agree(run):
     merged.load_state_dict(torch.load(run["output"] / "pytorch_model.bin", weights_only=True))
     torch.testing.assert_close(logits_of(merged), adapted, rtol=1e-4, atol=1e-4)
     assert (logits_of(AutoModelForCausalLM.from_pretrained(base)) - adapted).abs().max() > 1e-2
-    loaded = AutoModelForCausalLM.from_pretrained(run["output"])  # however it chooses to load the folder
+    loaded = AutoModelForCausalLM.from_pretrained(run["output"] / "merged")
     torch.testing.assert_close(logits_of(loaded), adapted, rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(run["output"] / "merged").chat_template
 
 
 def test_the_two_adapter_files_are_equal(run):
