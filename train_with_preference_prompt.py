@@ -819,8 +819,11 @@ def convert_bundled_model(gguf_file: Path, target: Path) -> None:
         aside = Path(folder) / target.name
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        with contextlib.suppress(FileExistsError, OSError) if target.exists() else contextlib.nullcontext():
+        try:
             aside.rename(target)
+        except OSError:
+            if not target.exists():  # else another run was faster, and its folder is as good
+                raise
 
 
 def resolve_model_path(path: str) -> str:
@@ -1491,8 +1494,11 @@ class RunCallback(TrainerCallback):
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """`adapter_config.json`, and the adapter's weights as `.bin` and `.safetensors`."""
-    model.save_pretrained(folder, safe_serialization=False)
-    model.save_pretrained(folder, safe_serialization=True)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:  # PEFT adds a card of its own, which would mark the end
+        model.save_pretrained(aside, safe_serialization=False)
+        model.save_pretrained(aside, safe_serialization=True)
+        for file in Path(aside).glob("adapter_*"):
+            file.replace(folder / file.name)
 
 
 def verify_adapter(state: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -1592,8 +1598,8 @@ tokenizer = AutoTokenizer.from_pretrained({base_path!r})
 model = PeftModel.from_pretrained(base_model, {trainer.args.output_dir!r})
 ```
 
-The merged model alone loads from the folder `{MERGED_FOLDER}`. Do not point `AutoModelForCausalLM.from_pretrained` at this
-folder itself: transformers would apply the adapter a second time to the merged weights.
+The merged model alone loads from the folder `{MERGED_FOLDER}`. Do not point `AutoModelForCausalLM.from_pretrained`
+at this folder itself: transformers would apply the adapter a second time to the merged weights.
 
 ## Data
 

@@ -25,7 +25,11 @@ CHATML = (
 )
 ROWS = [
     {"prompt": "How do I boil an egg?", "chosen": "Eight minutes in boiling water.", "rejected": "It depends."},
-    {"prompt": "Name a red fruit, please.", "chosen": "Cherry.", "rejected": "There are many red fruits in this world."},
+    {
+        "prompt": "Name a red fruit, please.",
+        "chosen": "Cherry.",
+        "rejected": "There are many red fruits in this world.",
+    },
     {"prompt": "Is the earth flat?", "chosen": "No, it is nearly a sphere.", "rejected": "Yes, as flat as a plate."},
     {"prompt": "你好，今天吃什么？", "chosen": "番茄炒蛋，十分钟就好。", "rejected": "随便。"},
     {"prompt": "Two plus two?", "chosen": "Four.", "rejected": "What a wonderful question about numbers you ask!"},

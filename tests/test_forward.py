@@ -82,7 +82,9 @@ def test_loss_and_gradients_equal_padded(model, tokenized):
     torch.testing.assert_close(packed, padded, **CLOSE)
     assert max(g.abs().max() for g in expected.values()) > 0.1
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_gradient_checkpointing_changes_no_gradient(model, tokenized):

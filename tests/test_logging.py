@@ -20,7 +20,10 @@ CONTRACT_EVAL = {
     "loss_components/dpo_loss_eval",
     "loss_components/aligned_loss_eval",
     *(f"rewards_eval/{name}" for name in ("accuracy", "chosen", "rejected", "margin")),
-    *(f"preference_metrics/{n}_eval" for n in ("pref_advantage_ratio", "pref_margin", "base_margin", "active_fraction")),
+    *(
+        f"preference_metrics/{n}_eval"
+        for n in ("pref_advantage_ratio", "pref_margin", "base_margin", "active_fraction")
+    ),
     *(f"logps_eval/{name}" for name in ("chosen", "rejected", "pref_chosen", "pref_rejected")),
 }
 

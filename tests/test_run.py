@@ -16,8 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traini
 
 import train_with_preference_prompt as T
 
-ODD_TEXT = "Be \"plain\",  it's $HOME `date` \\n*\nund höflich — 请简短。"
-REMAINING_TAGS = {"optim/learning_rate", "optim/grad_norm", "throughput/pairs_per_second", "throughput/tokens_per_second"}
+ODD_TEXT = 'Be "plain",  it\'s $HOME `date` \\n*\nund höflich — 请简短。'
+REMAINING_TAGS = {
+    "optim/learning_rate",
+    "optim/grad_norm",
+    "throughput/pairs_per_second",
+    "throughput/tokens_per_second",
+}
 FILES = {
     "pytorch_model.bin",
     "config.json",

@@ -1,0 +1,57 @@
+"""Saving: what is read back must be what was trained; test_run looks at the files of a whole run."""
+
+import pytest
+import torch
+from conftest import make_model
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+import train_with_preference_prompt as T
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    policy = T.add_adapter(make_model("llama", len(tokenizer)), T.ScriptArguments(lora_r=2))
+    T.save_adapter(policy, tmp_path)
+    return policy, tmp_path
+
+
+def test_a_saved_adapter_passes(saved):
+    policy, folder = saved
+    T.verify_adapter(get_peft_model_state_dict(policy), folder)
+
+
+@pytest.mark.parametrize("change", ["another value", "a missing tensor", "an extra tensor"])
+@pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.safetensors"])
+def test_a_file_that_differs_is_named(saved, file, change):
+    policy, folder = saved
+    path = folder / file
+    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    name = next(iter(state))
+    if change == "another value":
+        state[name] = state[name] + 1e-7
+    elif change == "a missing tensor":
+        del state[name]
+    else:
+        state["extra"] = torch.zeros(1)
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    with pytest.raises(T.SelfCheckError, match=f"{file} differs from the trained model in 1 tensors"):
+        T.verify_adapter(get_peft_model_state_dict(policy), folder)
+
+
+def test_tied_weights_are_written_once(tokenizer, tmp_path):
+    model = make_model("llama", len(tokenizer))
+    T.save_merged(model, tmp_path)
+    state = torch.load(tmp_path / T.MERGED_WEIGHTS, weights_only=True)
+    assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
+    bytes_in_memory = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert (tmp_path / T.MERGED_WEIGHTS).stat().st_size < bytes_in_memory * 1.2
+
+
+def test_merged_links_leave_the_adapter_out(tmp_path):
+    for name in ("config.json", "pytorch_model.bin", "tokenizer.json", "adapter_config.json", "trainer_state.json"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "checkpoint-3").mkdir()
+    T.link_merged(tmp_path)
+    linked = {path.name: path.read_text() for path in (tmp_path / "merged").iterdir()}
+    assert linked == {name: name for name in ("config.json", "pytorch_model.bin", "tokenizer.json")}
