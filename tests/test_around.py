@@ -62,15 +62,24 @@ SABOTAGE = {
 }
 
 
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {project!r})
+import train_with_preference_prompt as T
+{patch}
+try:
+    T.main()
+except T.SelfCheckError as error:
+    print(error, file=sys.stderr)
+    sys.exit(1)
+"""
+
+
 @pytest.mark.parametrize("broken", SABOTAGE)
 def test_a_broken_run_is_stopped(broken, tiny_run, tmp_path, monkeypatch):
     patch, words = SABOTAGE[broken]
     script = tmp_path / "sabotaged.py"
-    script.write_text(
-        f"import sys, torch\nsys.path.insert(0, {str(PROJECT)!r})\nimport train_with_preference_prompt as T\n"
-        + textwrap.dedent(patch)
-        + "\ntry:\n    T.main()\nexcept T.SelfCheckError as error:\n    print(error, file=sys.stderr)\n    sys.exit(1)\n"
-    )
+    script.write_text(SCRIPT.format(project=str(PROJECT), patch=textwrap.dedent(patch)))
     run = subprocess.run
 
     def run_sabotaged(command, **options):
@@ -93,7 +102,7 @@ def test_packed_forward_check_allows_rounding_only(model, tokenized):
 
 def test_log_probabilities_that_are_not_numbers_are_not_close():
     with pytest.raises(T.SelfCheckError):
-        T.require_close("a", torch.tensor([float("nan")]), "b", torch.tensor([1.0]))
+        T.require_close("a", torch.tensor([float("nan")]), "b", torch.tensor([1.0]), torch.float32)
 
 
 def test_the_first_batch_is_the_data_sets_beginning(tokenized):

@@ -1,4 +1,4 @@
-"""Batch: the packed row against numbers written by hand, and every pair dealt out exactly once over ranks and forwards."""
+"""Batch: the packed row against numbers written by hand; every pair dealt out exactly once over ranks and forwards."""
 
 import itertools
 import math

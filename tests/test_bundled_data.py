@@ -1,13 +1,14 @@
-"""Bundled sample data: fields, counts, languages, no repeated questions or stock phrases, neither side the longer one.
+"""Bundled sample data: fields, counts, languages, no repeated questions or stock phrases, nothing to learn from length.
 
 Read by people, as no program can tell it: that the chosen answers are right and the rejected ones worse, and that no
-question appears once in English and once in Chinese. The figures are printed on every run, with one that is not
-bounded here: how far a rule that knows the usual length of an answer, and not only which of two is longer, gets.
+question appears once in English and once in Chinese. The figures are printed on every run.
 """
 
 import json
 import math
+import random
 import re
+from collections.abc import Callable
 from itertools import combinations
 
 import pytest
@@ -16,7 +17,7 @@ import train_with_preference_prompt as T
 
 ROWS = {"train": 160, "test": 60}
 CHINESE_SHARE = (0.18, 0.22)
-CHOSEN_LONGER = (0.40, 0.60)
+CHOSEN_LONGER = (0.45, 0.55)
 MAX_TOKENS = 80
 
 CJK = re.compile(r"[\u3400-\u9fff]")
@@ -212,21 +213,72 @@ def test_boilerplate_would_be_caught(refusals):
     assert shared_runs(list(refusals)) != {}
 
 
-def usual_length_accuracy(splits, measure, language: bool) -> dict[str, float]:
-    """Accuracy of "the longer answer is chosen unless above a limit", the limit fitted to the train split."""
-    found = {}
-    for split, pairs in splits.items():
-        group = [pair for pair in pairs if is_chinese(pair) is language]
-        found[split] = [
-            (max(measure(pair.chosen), measure(pair.rejected)), measure(pair.chosen) > measure(pair.rejected))
-            for pair in group
-        ]
+# Rules that see nothing but the lengths of a pair's chosen and rejected answer. Each says how far it picks the chosen
+# one (1 or 0, a half where it cannot decide), given a limit that is fitted, as is whether the rule or its opposite is
+# followed. That the longer answer is chosen in half of the pairs is not enough: the sample once held chosen answers of
+# 70 to 110 and 160 to 205 characters against rejected ones that were shorter still or had 190 to 250, and the second
+# rule found the chosen one in 92 percent of the English test pairs.
+LENGTH_RULES: dict[str, Callable[[int, int, float], float]] = {
+    "the longer answer": lambda chosen, rejected, limit: float(chosen > rejected),
+    "the longer answer unless above a limit": lambda chosen, rejected, limit: float(
+        (chosen > rejected) is (max(chosen, rejected) <= limit)
+    ),
+    "the longer answer unless longer by more than a limit": lambda chosen, rejected, limit: float(
+        (chosen > rejected) is (abs(chosen - rejected) <= limit)
+    ),
+    "the answer nearer to a length": lambda chosen, rejected, limit: (
+        0.5 if abs(chosen - limit) == abs(rejected - limit) else float(abs(chosen - limit) < abs(rejected - limit))
+    ),
+}
+# English: fitted to the train pairs, and applied to the test pairs. Chinese: fitted to all 44 pairs, as 12 test pairs
+# would tell nothing. Fitting alone lifts a rule above one half, the more so the fewer the pairs.
+MAX_ENGLISH_TRAIN_ACCURACY = 0.65
+MAX_ENGLISH_TEST_ACCURACY = 0.63
+MAX_CHINESE_ACCURACY = 0.70
 
-    def accuracy(split, limit):
-        return sum((length <= limit) is longer_chosen for length, longer_chosen in found[split]) / len(found[split])
+Lengths = list[tuple[int, int]]  # of the chosen and the rejected answer
 
-    limit = max(range(max(length for length, _ in found["train"]) + 1), key=lambda limit: accuracy("train", limit))
-    return {split: accuracy(split, limit) for split in found}
+
+def rule_accuracy(rule: str, lengths: Lengths, limit: int, opposite: bool) -> float:
+    share = sum(LENGTH_RULES[rule](chosen, rejected, limit) for chosen, rejected in lengths) / len(lengths)
+    return 1 - share if opposite else share
+
+
+def fitted_rule(rule: str, lengths: Lengths) -> tuple[int, bool]:
+    limits = range(max(map(max, lengths)) + 2)
+    choices = ((limit, opposite) for limit in limits for opposite in (False, True))
+    return max(choices, key=lambda choice: rule_accuracy(rule, lengths, *choice))
+
+
+def lengths_of(pairs: list[T.Pair], measure, chinese: bool) -> Lengths:
+    return [(measure(pair.chosen), measure(pair.rejected)) for pair in pairs if is_chinese(pair) is chinese]
+
+
+def try_length_rules(splits, measure) -> tuple[list[str], list[str]]:
+    """A line for each rule and group of pairs, and those of the lines that are above their bound."""
+    lines, too_good = [], []
+
+    def note(rule: str, group: str, lengths: Lengths, choice: tuple[int, bool], bound: float):
+        accuracy = rule_accuracy(rule, lengths, *choice)
+        lines.append(f"{rule} ({choice[0]}{', opposite' * choice[1]}), {group}: {accuracy:.1%}, at most {bound:.0%}")
+        if accuracy > bound:
+            too_good.append(lines[-1])
+
+    train, test = (lengths_of(splits[split], measure, chinese=False) for split in ("train", "test"))
+    chinese = [both for pairs in splits.values() for both in lengths_of(pairs, measure, chinese=True)]
+    for rule in LENGTH_RULES:
+        choice = fitted_rule(rule, train)
+        note(rule, "English train", train, choice, MAX_ENGLISH_TRAIN_ACCURACY)
+        note(rule, "English test", test, choice, MAX_ENGLISH_TEST_ACCURACY)
+        note(rule, "Chinese", chinese, fitted_rule(rule, chinese), MAX_CHINESE_ACCURACY)
+    return lines, too_good
+
+
+def check_length_rules(splits, measure, unit, capsys):
+    lines, too_good = try_length_rules(splits, measure)
+    with capsys.disabled():
+        print(f"\nrules that see only {unit}:", *lines, sep="\n  ")
+    assert too_good == []
 
 
 def check_balance(splits, measure, unit, capsys):
@@ -244,11 +296,6 @@ def check_balance(splits, measure, unit, capsys):
                 f"{split}, {language}: the longer answer is chosen in {longer} of {len(group)} pairs; "
                 f"length-only accuracy {share:.1%}, with the better rule of the two {best:.1%}"
             )
-    for name, language in (("English", False), ("Chinese", True)):
-        figures = ", ".join(
-            f"{split} {share:.1%}" for split, share in usual_length_accuracy(splits, measure, language).items()
-        )
-        lines.append(f"{name}: the longer answer unless above a limit fitted to train: {figures} (not bounded)")
     with capsys.disabled():
         print(f"\nby {unit}:", *lines, sep="\n  ")
     assert all(CHOSEN_LONGER[0] <= share <= CHOSEN_LONGER[1] for share in shares)
@@ -260,6 +307,32 @@ def test_the_longer_answer_in_characters_is_chosen_half_the_time(splits, capsys)
 
 def test_the_longer_answer_in_tokens_is_chosen_half_the_time(splits, count_tokens, capsys):
     check_balance(splits, count_tokens, "tokens", capsys)
+
+
+def test_lengths_in_characters_do_not_give_the_chosen_answer_away(splits, capsys):
+    check_length_rules(splits, len, "characters", capsys)
+
+
+def test_lengths_in_tokens_do_not_give_the_chosen_answer_away(splits, count_tokens, capsys):
+    check_length_rules(splits, count_tokens, "tokens", capsys)
+
+
+def test_lengths_in_bands_would_be_caught():
+    """The bands the sample once kept to: the longer answer is chosen half the time, and a limit tells which half."""
+    draw = random.Random(0).randint
+
+    def pairs(count: int) -> list[T.Pair]:
+        lengths = [(draw(70, 110), draw(190, 250)) for _ in range(count // 2)]
+        lengths += [(draw(160, 205), draw(10, 110)) for _ in range(count // 2)]
+        return [T.Pair("?", "c" * chosen, "r" * rejected, row) for row, (chosen, rejected) in enumerate(lengths, 1)]
+
+    # Chinese answers of lengths that tell nothing, so that only the English ones can be caught.
+    chinese = [T.Pair("问", "答" * chosen, "答" * rejected, 0) for chosen, rejected in ((10, 20), (20, 10))]
+    lines, too_good = try_length_rules({"train": pairs(128) + chinese, "test": pairs(48) + chinese}, len)
+    caught = {re.sub(r" \(.*?\)|: .*", "", line) for line in too_good}
+    assert {f"the longer answer unless above a limit, English {split}" for split in ROWS} <= caught
+    assert not any(line.startswith("the longer answer (") or "Chinese" in line for line in too_good)
+    assert len(lines) == 3 * len(LENGTH_RULES)
 
 
 def test_length_limit_without_the_model(rows):

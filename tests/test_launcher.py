@@ -156,7 +156,7 @@ def test_a_signal_ends_every_rank(tiny_run, tmp_path, sent, status):
 
 
 def test_an_environment_without_the_packages_gets_a_venv(tmp_path):
-    """With a python3 that lacks them, the launcher makes .venv and installs requirements.txt there: pip is a recorder."""
+    """With a python3 that lacks them the launcher makes .venv and installs there; here pip only records its calls."""
     clone, recorder = tmp_path / "clone", tmp_path / "pip.log"
     clone.mkdir()
     for name in ("fast_train.sh", "requirements.txt", "requirements-bundled.txt"):

@@ -112,7 +112,8 @@ CONTENTS = {  # what is in the folder → its state, the newest complete checkpo
     "finished": ({"README.md": "card", "trainer_state.json": STATE, "pytorch_model.bin": "w"}, "finished", None),
     "finished, checkpoints kept": (
         {"README.md": "card", "trainer_state.json": STATE, "checkpoint-10/trainer_state.json": STATE},
-        *("finished", "checkpoint-10"),
+        "finished",
+        "checkpoint-10",
     ),
     "interrupted": (
         {"checkpoint-5/trainer_state.json": STATE, "checkpoint-5/x.bin": "w"},
@@ -122,15 +123,18 @@ CONTENTS = {  # what is in the folder → its state, the newest complete checkpo
     "interrupted in its first checkpoint": ({"checkpoint-5/x.bin": "w"}, "unfinished", None),
     "interrupted in a later checkpoint": (
         {"checkpoint-5/trainer_state.json": STATE, "checkpoint-10/x.bin": "w"},
-        *("unfinished", "checkpoint-5"),
+        "unfinished",
+        "checkpoint-5",
     ),
     "nine is less than ten": (
         {f"checkpoint-{step}/trainer_state.json": STATE for step in (9, 10, 8)},
-        *("unfinished", "checkpoint-10"),
+        "unfinished",
+        "checkpoint-10",
     ),
     "interrupted while it was saved": (
         {"checkpoint-10/trainer_state.json": STATE, "trainer_state.json": STATE, "pytorch_model.bin": "w"},
-        *("unfinished", "checkpoint-10"),
+        "unfinished",
+        "checkpoint-10",
     ),
     "a project": ({"README.md": "mine", "notes.txt": "mine"}, "foreign", None),
     "a hidden file": ({".keep": ""}, "foreign", None),
@@ -556,7 +560,7 @@ def test_where_no_accumulation_gives_ten_updates_the_notice_does_not_say_so(trai
 
 def read_by_the_launcher(text: str) -> dict[str, str]:
     """The lines as fast_train.sh's own loop reads them."""
-    loop = r"while IFS='=' read -r name value; do printf '%s\0%s\0' \"$name\" \"$value\"; done".replace('\\"', '"')
+    loop = r"""while IFS='=' read -r name value; do printf '%s\0%s\0' "$name" "$value"; done"""
     words = subprocess.run(["bash", "-c", loop], input=text + "\n", capture_output=True, text=True, check=True).stdout
     names_and_values = words.split("\0")[:-1]
     return dict(zip(names_and_values[::2], names_and_values[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""Prefix: where the preference in words stands, with and without a system role, and that an empty one changes nothing."""
+"""Prefix: where the preference in words stands, with and without a system role; an empty one changes nothing."""
 
 import copy
 
@@ -13,19 +13,23 @@ PREFIX = T.TextPrefix("Answer plainly.")
 
 CASES = {
     "system message": (
-        *(PREFIX.as_system_message, [USER]),
+        PREFIX.as_system_message,
+        [USER],
         [{"role": "system", "content": "Answer plainly."}, USER],
     ),
     "system message before a dialogue": (
-        *(PREFIX.as_system_message, [USER, ASSISTANT, MORE]),
+        PREFIX.as_system_message,
+        [USER, ASSISTANT, MORE],
         [{"role": "system", "content": "Answer plainly."}, USER, ASSISTANT, MORE],
     ),
     "in the first message": (
-        *(PREFIX.before_first_message, [USER]),
+        PREFIX.before_first_message,
+        [USER],
         [{"role": "user", "content": "Answer plainly.\n\nIs the earth flat?"}],
     ),
     "in the first message of a dialogue": (
-        *(PREFIX.before_first_message, [USER, ASSISTANT, MORE]),
+        PREFIX.before_first_message,
+        [USER, ASSISTANT, MORE],
         [{"role": "user", "content": "Answer plainly.\n\nIs the earth flat?"}, ASSISTANT, MORE],
     ),
     "empty, system message": (T.TextPrefix("").as_system_message, [USER], [USER]),

@@ -262,9 +262,8 @@ def test_the_prefix_is_never_cut_and_counts_against_no_limit(tokenizer, template
     wordy, report = run(changed, pair(LONG, chosen=LONG), text=long_text, **limits)
     assert long_text in changed.decode(wordy.pref_prompt_ids)
     assert len(wordy.prompt_ids) == 25
-    assert (wordy.prompt_ids, wordy.chosen_ids, wordy.rejected_ids) == (
-        *(brief.prompt_ids, brief.chosen_ids, brief.rejected_ids),
-    )
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert getattr(wordy, name) == getattr(brief, name)
     assert (report.truncated_prompts, report.truncated_answers) == (1, 2)
 
 

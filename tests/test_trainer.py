@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,18 +111,28 @@ def test_checkpointed_activations_change_no_update(runs, tiny_run, tmp_path):
 
 
 @pytest.mark.skipif((T.os.cpu_count() or 1) < 2, reason="two ranks need two cores")
-def test_two_ranks_equal_one(runs, tiny_run, tmp_path):
-    """3 pairs a rank and update, of 12: the last update's 2 × 3 and the 5 test pairs do not divide evenly everywhere."""
+def test_two_ranks_equal_one(tiny_run, tmp_path):
+    """11 pairs in updates of 10: the last one leaves a rank with nothing but a filler, as do the 5 test pairs."""
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()
-    finished(train({**tiny_run, **EXACT, "GRADIENT_ACCUM_STEPS": "10"}, one))
-    result = finished(launch({**tiny_run, **EXACT, "CPU_RANKS": "2"}, cwd=two))
-    assert "2 rank(s)" in result.stderr
+    lines = Path(tiny_run["TRAIN_DATASET_PATH"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[:11]), encoding="utf-8")
+    variables = {**tiny_run, **EXACT, "TRAIN_DATASET_PATH": str(tmp_path / "train.jsonl")}
+    finished(train({**variables, "GRADIENT_ACCUM_STEPS": "10"}, one))
+    result = finished(launch({**variables, "GRADIENT_ACCUM_STEPS": "5", "CPU_RANKS": "2"}, cwd=two))
+    assert "2 rank(s)" in result.stderr and len(series(one, "loss/train")) == 4
     for tag in ("loss/train", "loss/eval", "optim/grad_norm", "rewards_eval/accuracy", "logps_train/pref_chosen"):
         torch.testing.assert_close(series(two, tag), series(one, tag), rtol=1e-4, atol=1e-4)
     for name, tensor in adapter(two).items():
         torch.testing.assert_close(tensor, adapter(one)[name], rtol=1e-3, atol=1e-4)
+
+
+def test_deepspeed_does_the_training(runs):
+    """Its engine writes its own part of a checkpoint, with the ZeRO stage of ds_config.json."""
+    (folder,) = (output_of(runs[2]) / "checkpoint-6").glob("global_step*")
+    names = {path.name for path in folder.iterdir()}
+    assert any("zero_pp_rank_0" in name and name.endswith("optim_states.pt") for name in names), names
 
 
 def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(runs, tiny_run, tmp_path):

@@ -1,0 +1,99 @@
+"""README: every variable, flag, path and command in it is real, and the Chinese one says the same."""
+
+import re
+
+import pytest
+from conftest import PROJECT
+from test_launcher import DESIGN_VARIABLES, EDIT_BLOCK
+
+import train_with_preference_prompt as T
+
+READMES = ("README.md", "README.zh-CN.md")
+TEXT = {name: (PROJECT / name).read_text(encoding="utf-8") for name in READMES}
+
+
+def code(text: str) -> list[str]:
+    """All code, in blocks and in line, without the shell comments, which are prose."""
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.S)
+    without_blocks = re.sub(r"```\w*\n.*?```", "", text, flags=re.S)
+    lines = [re.sub(r"\s+# .*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line] + re.findall(r"`([^`\n]+)`", without_blocks)
+
+
+def variable_rows(text: str) -> dict[str, list[str]]:
+    """Variable → the cells of its table row; a row may name several variables."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| `[A-Z_0-9]+`", line)]
+    return {name: cells for cells in rows for name in re.findall(r"`([A-Z_0-9]+)`", cells[0])}
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_variable_has_its_row_and_no_other_has(name):
+    assert sorted(variable_rows(TEXT[name])) == sorted(DESIGN_VARIABLES)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_defaults_in_the_table_are_the_launchers(name):
+    checked = 0
+    for variable, cells in variable_rows(TEXT[name]).items():
+        default = re.search(rf'^{variable}="\$\{{{variable}:-(.*?)\}}"', EDIT_BLOCK, re.M)
+        stated = re.findall(r"`([^`]+)`", cells[1])
+        if default and default[1] and len(stated) == cells[0].count("`") // 2:
+            checked += 1
+            assert default[1] == stated[re.findall(r"`([A-Z_0-9]+)`", cells[0]).index(variable)], variable
+    assert checked >= 25
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_flags_exist(name):
+    known = {f"--{field.name}" for field in T.dataclasses.fields(T.ScriptArguments)}
+    foreign = {"--include", "--logdir", "--help"}
+    mentioned = {flag for piece in code(TEXT[name]) for flag in re.findall(r"--[a-z_]+", piece)}
+    assert mentioned and mentioned <= known | foreign
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_files_exist(name):
+    made_by_a_run = ("model_output", "logs", "models", ".venv", "merged", "runs", "checkpoint")
+    pattern = r"[\w./-]+\.(?:sh|py|md|txt|json|jsonl)\b"
+    pieces = [piece for piece in code(TEXT[name]) if "=" not in piece]
+    paths = {path for piece in pieces for path in re.findall(pattern, piece)}
+    paths |= set(re.findall(r"\]\(([^)]+\.md)\)", TEXT[name]))
+    outputs = set(re.findall(pattern, TEXT[name].split("model_output/Preference_Guided_DPO/  ")[1].split("\n\n")[0]))
+    missing = [p for p in paths - outputs if not p.startswith(made_by_a_run) and not (PROJECT / p).exists()]
+    assert {"fast_train.sh", "tests/run.sh"} <= {path.removeprefix("./") for path in paths} and missing == []
+
+
+def test_the_room_table_is_the_modules():
+    source = (PROJECT / "train_with_preference_prompt.py").read_text(encoding="utf-8")
+    rooms = re.findall(r"^# (\d+) · ([\w ]+?) — ", source, re.M)
+    for name in READMES:
+        assert re.findall(r"^\| (\d+) ([A-Z][\w ]+?) \|", TEXT[name], re.M) == rooms
+
+
+def test_messages_under_troubleshooting_are_real():
+    source = "".join((PROJECT / name).read_text() for name in ("train_with_preference_prompt.py", "fast_train.sh"))
+    table = TEXT["README.md"].split("## Troubleshooting")[1].split("\n## ")[0]
+    messages = re.findall(r"^\| `([^`]+)`", table, re.M)
+    assert len(messages) >= 5
+    for message in messages:  # numbers and names in a message are examples
+        words = re.split(r"\d+(?:, \d+)*|…|'\w+'", message)
+        assert all(piece.strip(" ;,:") in source for piece in words), message
+
+
+def test_the_chinese_readme_has_the_same_code():
+    blocks = {name: re.findall(r"```\w*\n(.*?)```", TEXT[name], re.S) for name in READMES}
+    stripped = {
+        name: [[re.sub(r"\s+#.*", "", line) for line in block.splitlines()] for block in found]
+        for name, found in blocks.items()
+    }
+    assert stripped["README.md"] == stripped["README.zh-CN.md"]
+    assert TEXT["README.md"].count("\n## ") == TEXT["README.zh-CN.md"].count("\n## ")
+
+
+def test_the_figures_are_the_same_in_both():
+    """The table of the default run's result, once in each."""
+    figures = {
+        name: re.findall(r"^\s+(?:loss|accuracy|\w+_margin|\w+_ratio)\s+[\d.-]+.*$", TEXT[name], re.M)
+        for name in READMES
+    }
+    assert figures["README.md"] and figures["README.md"] == figures["README.zh-CN.md"]
