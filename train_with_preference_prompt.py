@@ -471,7 +471,7 @@ class TokenizedPair:
     pref_prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
-    row: int
+    source: Pair
 
 
 class PairTokenizer:
@@ -511,7 +511,7 @@ class PairTokenizer:
             return None
         report.truncated_prompts += prompt_cut
         report.truncated_answers += (len(chosen) > room) + (len(rejected) > room)
-        return TokenizedPair(prompt_ids, pref_prompt_ids, chosen[:room], rejected[:room], pair.row)
+        return TokenizedPair(prompt_ids, pref_prompt_ids, chosen[:room], rejected[:room], pair)
 
     def encode_answer(self, answer: str) -> list[int]:
         """Ids of an answer and exactly one end token; special tokens spelled out in the text stay ordinary text."""
@@ -1487,8 +1487,7 @@ class RunCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            decode, pairs = self.trainer.processing_class.decode, self.trainer.eval_dataset.pairs
-            prompts = [decode(pair.prompt_ids) for pair in pairs[:SAMPLE_PROMPTS]]
+            prompts = [pair.source.prompt for pair in self.trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
             rows = zip(prompts, self.answers_before, sample_answers(self.trainer), strict=True)
             self.trainer.log({SAMPLES_TAG: table(("prompt", "before", "after"), rows)})
 
@@ -1907,7 +1906,8 @@ def build_policy(
 def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
     """What TensorBoard's HParams tab compares."""
     undecided = {name for name, (accepted, _) in ONLY.items() if len(accepted) == 1}
-    left_out = undecided | {"plan", "output_dir", "log_dir", "resume", "overwrite"}
+    elsewhere = {"plan", "output_dir", "log_dir", "resume", "overwrite", "eval_steps"}
+    left_out = undecided | elsewhere | {"gpu_nodes", "cpu_ranks", "ds_config"}
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
 
 

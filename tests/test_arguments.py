@@ -293,6 +293,7 @@ def test_values_of_a_wrong_type(name, value):
     [
         ("--bta", "--beta"),
         ("--learning_rat=1e-3", "--learning_rate"),
+        ("--bta=0.0123456789", "--beta"),
         ("--max_lenght", "--max_length"),
         ("--OUTPUT_DIR", ""),
         ("--qqqq", ""),

@@ -114,7 +114,7 @@ def dataset_of(count):
     """Pairs whose every id tells which pair it is of: prompts 100 + n, answers 200 + n and 300 + n."""
     return T.PairDataset(
         [
-            T.TokenizedPair([100 + n] * (1 + n % 3), [1, 100 + n], [200 + n] * 2, [300 + n] * (1 + n % 2), row=n + 1)
+            T.TokenizedPair([100 + n] * (1 + n % 3), [1, 100 + n], [200 + n] * 2, [300 + n] * (1 + n % 2), None)
             for n in range(count)
         ]
     )

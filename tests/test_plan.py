@@ -144,7 +144,7 @@ CONTENTS = {  # what is in the folder → its state, the newest complete checkpo
 
 
 def fill(folder: Path, files) -> Path:
-    """Writes the files and dates them to 2026-01-02 03:04:05 local time, model card last."""
+    """Writes the files and dates them to 2026-01-02 03:04:05 local time."""
     if files is not None:
         folder.mkdir(parents=True, exist_ok=True)
     for name, text in (files or {}).items():
@@ -438,6 +438,7 @@ def test_a_plan_writes_nothing(ready, tmp_path, capsys):
 
 # --- the plan as a person reads it
 
+ONE_RANK = T.Devices("localhost:0", 1, on_gpu=False)
 CPU = T.Devices("localhost:0,1", 2, on_gpu=False)
 GPUS = T.Devices("localhost:0,1,2,3", 4, on_gpu=True)
 
@@ -522,7 +523,7 @@ def updates_of(train, ranks, accumulated, epochs) -> int:
 PLANS = [
     (train, devices, accumulated, epochs)
     for train, devices, accumulated, epochs in itertools.product(
-        (10, 11, 40, 99, 160, 320, 1000), (CPU, GPUS), (1, 2, 16, 100, 512), (0.5, 1.0, 2.0, 3.0)
+        (10, 11, 40, 99, 160, 320, 1000), (ONE_RANK, CPU, GPUS), (1, 2, 16, 100, 512), (0.5, 1.0, 2.0, 3.0)
     )
     if train * epochs >= 10 * devices.ranks  # ten updates are possible
 ]
@@ -551,7 +552,7 @@ def test_fewer_than_ten_updates_are_noticed_and_the_number_given_makes_ten():
 )
 @pytest.mark.parametrize(("train", "accumulated"), [(5, 1), (9, 1), (9, 4)])
 def test_where_no_accumulation_gives_ten_updates_the_notice_does_not_say_so(train, accumulated):
-    notice = plan(T.Devices("localhost:0", 1, on_gpu=False), train, gradient_accum_steps=accumulated)["notice"]
+    notice = plan(ONE_RANK, train, gradient_accum_steps=accumulated)["notice"]
     assert "lower GRADIENT_ACCUM_STEPS" not in notice and "NUM_EPOCHS" in notice
 
 
