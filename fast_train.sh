@@ -122,10 +122,10 @@ check_compiler() {
   say "DeepSpeed compiles its CPU communication library at this first start (once, about 90 s)"
 }
 
-# One --flag per variable named, with its value as it is.
+# One --flag=value per variable named; the value stays as it is, also when it begins with a dash.
 flags() {
   local name
-  for name in "$@"; do FLAGS+=("--${name,,}" "${!name}"); done
+  for name in "$@"; do FLAGS+=("--${name,,}=${!name}"); done
 }
 
 set_up_python

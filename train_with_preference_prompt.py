@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import torch
 import torch.nn.functional as F
 import transformers
@@ -221,6 +222,17 @@ ONLY = {
     "preset": (("",), "presets are not available in this version; set BETA and ALPHA"),
 }
 
+# Schedules that need neither further settings nor a metric under the stock Trainer's name.
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
 # field → (test, what must hold)
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "beta": (lambda x: 0 < x < math.inf, "must be a finite number above 0; 0.05 is a good start"),
@@ -245,10 +257,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cpu_ranks": (lambda x: 1 <= x <= (os.cpu_count() or 1), f"must be 1 to {os.cpu_count()}, this machine's cores"),
     "output_dir": (lambda x: bool(x.strip()), "must name a folder"),
     "log_dir": (lambda x: bool(x.strip()), "must name a folder"),
-    "lr_scheduler_type": (
-        lambda x: x in set(transformers.SchedulerType),
-        "must be one of " + ", ".join(transformers.SchedulerType),
-    ),
+    "lr_scheduler_type": (lambda x: x in SCHEDULES, "must be one of " + ", ".join(SCHEDULES)),
 }
 
 
@@ -267,7 +276,7 @@ class FlagParser(HfArgumentParser):
             return action.default
 
     def error(self, message):
-        raise InputError(message)
+        raise InputError(*self.problems, message)
 
     def unknown(self, rest: Iterable[str]) -> list[str]:
         """One problem per word that was not understood, with the nearest flag."""
@@ -370,7 +379,9 @@ def parse_row(text: str, row: int) -> Pair:
         ValueError: naming what is wrong with the row, and the field where it is one.
     """
     try:
-        record = json.loads(text)
+        record = json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 ({error.reason}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"is not valid JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(record, dict):
@@ -380,6 +391,8 @@ def parse_row(text: str, row: int) -> Pair:
             raise ValueError(f"has no field {name!r}; it has {', '.join(map(repr, record)) or 'none'}")
         if not isinstance(record[name], str):
             raise ValueError(f"field {name!r} is {type(record[name]).__name__}, not a string")
+        if any("\ud800" <= character <= "\udfff" for character in record[name]):
+            raise ValueError(f"field {name!r} holds half a surrogate pair (\\ud800 to \\udfff), which is no character")
     if not record["prompt"].strip():
         raise ValueError("field 'prompt' is empty")
     return Pair(*(record[name] for name in PAIR_FIELDS), row=row)
@@ -393,13 +406,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with path.open("rb") as file:
             for row, raw in enumerate(file, start=1):
-                line = raw.decode("utf-8-sig" if row == 1 else "utf-8").strip()
+                line = raw.removeprefix(b"\xef\xbb\xbf" if row == 1 else b"").strip()
                 if line:
                     yield row, line
     except OSError as error:
         raise InputError(f"data file {path} cannot be read: {error.strerror}; check its permissions") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"data file {path}, row {row}: not UTF-8 ({error.reason}); save it as UTF-8") from None
 
 
 def read_pairs(path: Path) -> tuple[list[Pair], DataReport]:
@@ -506,6 +517,9 @@ class PairTokenizer:
         prompt_ids, pref_prompt_ids, prompt_cut = self.encode_prompt(pair.prompt)
         room = self.max_length - len(prompt_ids)
         chosen, rejected = self.encode_answer(pair.chosen), self.encode_answer(pair.rejected)
+        if len(chosen) == 1 or len(rejected) == 1:  # nothing but the end token
+            report.drop("with an empty answer", pair.row)
+            return None
         if chosen[:room] == rejected[:room]:
             report.drop("whose answers are the same within MAX_LENGTH", pair.row)
             return None
@@ -523,7 +537,7 @@ class PairTokenizer:
         head, content, tail = self._encode_plain(prompt)
         pref_head = self._encode_pref_head(prompt)
         excess = max(0, len(head) + len(content) + len(tail) - self.max_prompt_length)
-        if excess >= len(content):
+        if excess and excess >= len(content):
             raise InputError(
                 f"MAX_PROMPT_LENGTH (--max_prompt_length) is {self.max_prompt_length}, but the chat template alone "
                 f"takes {len(head) + len(tail)} tokens of every prompt; raise it (MAX_LENGTH too, if need be)"
@@ -537,7 +551,7 @@ class PairTokenizer:
     def _encode_plain(self, prompt: str) -> tuple[list[int], list[int], list[int]]:
         """The plain prompt's ids in three parts: before its content, the content, after it."""
         if not self.has_template:
-            return self.bos_ids, self._ids(prompt), []
+            return self.bos_ids, self._ids(prompt.removeprefix(self.tokenizer.bos_token if self.bos_ids else "")), []
         return self._encode_rendered(lambda messages: messages, prompt)
 
     def _encode_pref_head(self, prompt: str) -> list[int]:
@@ -547,39 +561,44 @@ class PairTokenizer:
         return self._encode_rendered(self.guide, prompt)[0]
 
     def _encode_rendered(self, guide: Callable[[Messages], Messages], prompt: str):
-        before, after = self._render(guide, PLACEHOLDER).split(PLACEHOLDER)
+        parts = self._render(guide, PLACEHOLDER).split(PLACEHOLDER)
+        if len(parts) != 2:
+            raise InputError(
+                f"the chat template of {self.tokenizer.name_or_path} shows the user's message {len(parts) - 1} times; "
+                "use one that shows it once"
+            )
+        before, after = parts
         text = self._render(guide, prompt)
         if not (text.startswith(before) and text.endswith(after)):
             raise InputError(f"the chat template of {self.tokenizer.name_or_path} rewrites the prompt {prompt[:60]!r}")
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        content_start = next(
-            (i for i, (_, end) in enumerate(encoded.offset_mapping) if end > len(before)), len(encoded.input_ids)
-        )
-        content_end = next(
-            (i for i, (start, _) in enumerate(encoded.offset_mapping) if start >= len(text) - len(after)),
-            len(encoded.input_ids),
-        )
-        ids = encoded.input_ids
-        return ids[:content_start], ids[content_start:content_end], ids[content_end:]
+        ids, spans = encoded.input_ids, encoded.offset_mapping
+        start, end = len(before), len(text) - len(after)
+        # A token that spans the template's last character and the content's first stays with the template.
+        first = next((i for i, (left, right) in enumerate(spans) if left >= start and right > start), len(ids))
+        last = next((i for i, (left, _) in enumerate(spans) if left >= end), len(ids))
+        return ids[:first], ids[first:last], ids[last:]
 
     def _render(self, guide: Callable[[Messages], Messages], prompt: str) -> str:
-        messages = guide([{"role": "user", "content": prompt}])
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self._apply_template(guide([{"role": "user", "content": prompt}]), add_generation_prompt=True)
+
+    def _apply_template(self, messages: Messages, **options) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except jinja2.TemplateError as error:
+            raise InputError(f"the chat template of {self.tokenizer.name_or_path} fails: {error}") from error
 
     def _choose_guide(self) -> Callable[[Messages], Messages]:
         """The system message where the template has one; some templates refuse that role, others drop it silently."""
-        try:
-            if self.prefix.text in self._render(self.prefix.as_system_message, PLACEHOLDER):
+        with contextlib.suppress(InputError):
+            if self.prefix.text.strip() in self._render(self.prefix.as_system_message, PLACEHOLDER):
                 return self.prefix.as_system_message
-        except Exception as error:  # jinja2 raises whatever the template's author chose
-            if "template" not in type(error).__name__.lower():
-                raise
         return self.prefix.before_first_message
 
     def _find_end_id(self) -> int:
         """The token with which the template ends an assistant's turn, else the end-of-sequence token."""
         turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACEHOLDER}]
-        after = self.tokenizer.apply_chat_template(turn, tokenize=False).split(PLACEHOLDER)[-1]
+        after = self._apply_template(turn).split(PLACEHOLDER)[-1]
         special_ids = self.tokenizer.added_tokens_decoder
         return next((i for i in self._ids(after) if i in special_ids), self.tokenizer.eos_token_id)
 
@@ -1666,7 +1685,7 @@ def resolve_devices(gpu_nodes: str, cpu_ranks: int, gpus: Sequence[int]) -> Devi
         chosen = list(gpus)
     else:
         host, _, numbers = gpu_nodes.partition(":")
-        if host != "localhost" or not all(n.isdigit() for n in numbers.split(",")):
+        if host != "localhost" or not all(n.isdecimal() for n in numbers.split(",")):
             raise InputError(f"{where}: must be auto or localhost:0,1 with this machine's GPU numbers; {here}")
         chosen = [int(n) for n in numbers.split(",")]
         missing = sorted(set(chosen) - set(gpus))
@@ -1690,13 +1709,35 @@ def run_state(output_dir: Path) -> str:
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
     """The newest complete checkpoint: the Trainer writes its state last."""
-    complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{TRAINER_STATE}")]
-    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{TRAINER_STATE}") if is_whole(path)]
+    numbered = [path for path in complete if path.name.removeprefix("checkpoint-").isdecimal()]
+    return max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def is_whole(state: Path) -> bool:
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
+
+
+def is_blocked(path: Path) -> bool:
+    return any(place.exists() and not place.is_dir() for place in (path, *path.parents))
 
 
 def output_problems(args: ScriptArguments) -> list[str]:
     """Why the run cannot write to its output folder without losing something."""
     folder, where = Path(args.output_dir).expanduser(), describe("output_dir", args.output_dir)
+    logs = Path(args.log_dir).expanduser()
+    if logs.resolve().is_relative_to(folder.resolve()):
+        return [
+            f"{describe('log_dir', args.log_dir)}: lies in OUTPUT_DIR, with which it would be moved; choose another"
+        ]
+    if is_blocked(logs):
+        return [f"{describe('log_dir', args.log_dir)}: it or a part of it is a file; name another folder"]
+    if is_blocked(folder):
+        return [f"{where}: it or a part of it is a file; name another folder"]
     state = run_state(folder)
     if args.resume and newest_checkpoint(folder) is None:
         return [f"{where}: RESUME is true, but there is no complete checkpoint in it; set RESUME=false to start anew"]
@@ -1766,8 +1807,9 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
         "TensorBoard": args.log_dir,
     }
     if updates < 10:
-        most = max(1, int(reports["train"].usable * args.num_epochs / (10 * devices.ranks)))
-        lines["notice"] = f"only {updates} updates: lower GRADIENT_ACCUM_STEPS to {most} or raise NUM_EPOCHS for ten"
+        most = int(reports["train"].usable * args.num_epochs / (10 * devices.ranks))
+        lower = f"lower GRADIENT_ACCUM_STEPS to {most} or " if most else ""
+        lines["notice"] = f"only {updates} updates: {lower}raise NUM_EPOCHS for ten"
     return "\n".join(f"  {name:<17} {text}" for name, text in lines.items())
 
 
@@ -1802,7 +1844,7 @@ def launch_settings(args: ScriptArguments, devices: Devices) -> str:
 
 def make_way(args: ScriptArguments) -> None:
     """Moves an earlier run's folder and event files aside (or removes the folder, with OVERWRITE)."""
-    output_dir, log_dir = Path(args.output_dir).expanduser(), Path(args.log_dir).expanduser()
+    output_dir, log_dir = Path(args.output_dir).expanduser().resolve(), Path(args.log_dir).expanduser()
     if args.resume:
         return
     if run_state(output_dir) in ("finished", "unfinished"):

@@ -117,10 +117,6 @@ def test_a_malformed_row_names_file_row_and_field(tmp_path, name):
         assert word in problem
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a lone surrogate passes parse_row and ends as a TypeError in the tokenizer, without file and row",
-)
 @pytest.mark.parametrize("name", T.PAIR_FIELDS)
 def test_half_a_surrogate_pair_is_malformed(tmp_path, name):
     path = write_lines(tmp_path, line(), line(**{name: "cut emoji: \ud83d"}))  # in the file: the escape \ud83d
@@ -148,9 +144,6 @@ def test_each_problem_of_a_file_is_named(tmp_path):
     assert [text.split(", ")[1].split(":")[0] for text in lines] == ["row 1", "row 3", "row 4"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="read_lines raises at the first line that is not UTF-8; earlier problems are lost"
-)
 def test_a_line_that_is_not_utf8_hides_no_other_problem(tmp_path):
     lines = problems(write_lines(tmp_path, line(prompt=""), b'{"prompt": "\xff"}', line(rejected=1)))
     assert [text.split(", ")[1].split(":")[0] for text in lines] == ["row 1", "row 2", "row 3"]

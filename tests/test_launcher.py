@@ -66,7 +66,7 @@ def test_values_reach_python_unchanged(dry):
     flags = words[next(i for i, w in enumerate(words) if w.endswith("train_with_preference_prompt.py")) + 1 :]
     args = T.parse_arguments(flags)
     assert args.preference_text == ODD and args.output_dir == "./out put $x" and args.weight_decay == 0.125
-    assert len(flags) == 2 * (len(DESIGN_VARIABLES) - 1) + 2  # every variable but DRY_RUN, and the extra flag
+    assert len(flags) == len(DESIGN_VARIABLES) - 1 + 2  # every variable but DRY_RUN, then the extra flag and its value
 
 
 def test_the_command_is_deepspeeds(dry):

@@ -155,9 +155,6 @@ def test_a_template_alone_decides_about_the_bos(tokenizer, name, count):
     assert 0 not in done.chosen_ids + done.rejected_ids
 
 
-@pytest.mark.xfail(
-    strict=True, reason="without a template a BOS spelt out at the start of a prompt stands after the added one"
-)
 def test_one_bos_where_the_prompt_brings_its_own(tokenizer):
     done, _ = run(variant(adds_bos(tokenizer), None), pair("<|endoftext|>Two plus two?"))
     assert done.prompt_ids.count(0) == 1 and done.pref_prompt_ids.count(0) == 1
@@ -178,10 +175,6 @@ def test_where_the_preference_goes(tokenizer, name):
     assert shown.count(PREFERENCE) == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_choose_guide looks for the unstripped text, so a template that trims counts as one without a system role",
-)
 def test_white_space_around_the_preference_does_not_move_it(tokenizer):
     changed = variant(tokenizer, TEMPLATES["strips content"][0])
     done, _ = run(changed, pair("Is it?"), text=f"{PREFERENCE}\n")
@@ -209,7 +202,6 @@ UNUSABLE_TEMPLATES = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="a template that cannot show the prompt exactly once ends in a traceback")
 @pytest.mark.parametrize("name", UNUSABLE_TEMPLATES)
 def test_a_template_that_does_not_show_the_prompt_once_is_an_error(tokenizer, name):
     with pytest.raises(T.InputError, match="template"):
@@ -310,9 +302,6 @@ def test_a_token_that_spans_template_and_content_is_kept_whole(joins_newlines):
     assert done.pref_prompt_ids == template_ids(joins_newlines, [{"role": "system", "content": PREFERENCE}, user])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a token that spans template and content counts as content: cut, it takes template with it"
-)
 def test_cutting_a_prompt_that_begins_with_a_newline_keeps_the_template(joins_newlines):
     done, _ = run(joins_newlines, pair("\nWhat is a very long question?"), max_prompt_length=40)
     shown = joins_newlines.decode(done.prompt_ids)
@@ -428,7 +417,6 @@ def test_answers_that_are_the_same_once_cut_are_dropped(joins_newlines, chosen, 
         assert "MAX_LENGTH (row 7)" in report.describe_dropped()
 
 
-@pytest.mark.xfail(strict=True, reason="an answer that is only the end token's text is empty, but is not dropped")
 @pytest.mark.parametrize("field", ["chosen", "rejected"])
 def test_an_answer_that_is_only_the_end_token_is_empty(tokenizer, field):
     done, report = run(tokenizer, pair(**{field: END}))
