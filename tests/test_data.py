@@ -167,7 +167,7 @@ def test_an_empty_file(tmp_path, content):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(content)
     (problem,) = problems(path)
-    assert problem.startswith(f"- data file {path}: ") and "0 rows" in problem
+    assert problem.startswith(f"- data file {path}: ") and "it is empty" in problem
 
 
 # --- pairs that cannot teach

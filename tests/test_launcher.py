@@ -21,7 +21,7 @@ DESIGN_VARIABLES = """
     NUM_VIRTUAL_TOKENS LOSS_TYPE LABEL_SMOOTHING PROMPT_INIT GRADIENT_CHECKPOINTING PRECISION ZERO_STAGE OFFLOAD
     DS_CONFIG HOSTFILE NODE_RANK MASTER_ADDR CPU_RANKS LOAD_IN_4BIT ADAPTER_PATH PRESET DRY_RUN
 """.split()
-ODD = 'Sei "höflich",  it\'s $HOME $(date) `id` \\t *?[a] !x;&|<> #c\n第二行 '
+ODD = '-Sei "höflich",  it\'s $HOME $(date) `id` \\t *?[a] !x;&|<> #c\n第二行 '
 
 
 def words_of(command: str) -> list[str]:

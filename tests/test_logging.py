@@ -53,14 +53,6 @@ def test_means_cover_batches_of_unequal_size_and_skip_fillers():
     assert means == {"loss": (1 + 2 + 3 + 10) / 4} and (pairs, tokens) == (4, 37)
 
 
-def test_means_start_again_from_nothing():
-    sums = T.MetricSums()
-    sums.add({"loss": torch.tensor([5.0])}, torch.ones(1), tokens=3)
-    sums.means()
-    sums.add({"loss": torch.tensor([1.0])}, torch.ones(1), tokens=1)
-    assert sums.means() == ({"loss": 1.0}, 1, 1)
-
-
 @pytest.mark.parametrize(("advantages", "expected"), [([1.0, 3.0], math.exp(2)), ([0.0], 1.0), ([2000.0], math.inf)])
 def test_advantage_ratio_is_a_geometric_mean(advantages, expected):
     sums = T.MetricSums()

@@ -1,6 +1,7 @@
 """Plan: which devices a run gets, what becomes of an earlier run in its folders, and what a person reads beforehand."""
 
 import itertools
+import json
 import math
 import os
 import re
@@ -96,9 +97,9 @@ def test_available_gpus_are_numbered_as_the_machine_counts_them(monkeypatch, vis
     assert T.available_gpus() == expected
 
 
-@pytest.mark.parametrize(("cores", "ranks", "threads"), [(8, 1, 8), (8, 2, 4), (8, 3, 2), (2, 3, 1), (None, 1, 1)])
+@pytest.mark.parametrize(("cores", "ranks", "threads"), [(8, 1, 8), (8, 2, 4), (8, 3, 2), (2, 3, 1)])
 def test_cpu_ranks_share_the_cores(monkeypatch, cores, ranks, threads):
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(T, "CORES", cores)
     assert T.resolve_devices("auto", ranks, []).threads_per_rank == threads
 
 
@@ -108,33 +109,49 @@ STATE = '{"global_step": 10}'
 CONTENTS = {  # what is in the folder → its state, the newest complete checkpoint
     "missing": (None, "nothing", None),
     "empty": ({}, "nothing", None),
-    "finished": ({"README.md": "card", "trainer_state.json": STATE, "pytorch_model.bin": "w"}, "finished", None),
+    "finished": (
+        {"run_settings.json": "{}", "README.md": "card", "trainer_state.json": STATE, "pytorch_model.bin": "w"},
+        "finished",
+        None,
+    ),
     "finished, checkpoints kept": (
-        {"README.md": "card", "trainer_state.json": STATE, "checkpoint-10/trainer_state.json": STATE},
+        {
+            "run_settings.json": "{}",
+            "README.md": "card",
+            "trainer_state.json": STATE,
+            "checkpoint-10/trainer_state.json": STATE,
+        },
         "finished",
         "checkpoint-10",
     ),
     "interrupted": (
-        {"checkpoint-5/trainer_state.json": STATE, "checkpoint-5/x.bin": "w"},
+        {"run_settings.json": "{}", "checkpoint-5/trainer_state.json": STATE, "checkpoint-5/x.bin": "w"},
         "unfinished",
         "checkpoint-5",
     ),
-    "interrupted in its first checkpoint": ({"checkpoint-5/x.bin": "w"}, "unfinished", None),
+    "interrupted in its first checkpoint": ({"run_settings.json": "{}", "checkpoint-5/x.bin": "w"}, "unfinished", None),
     "interrupted in a later checkpoint": (
-        {"checkpoint-5/trainer_state.json": STATE, "checkpoint-10/x.bin": "w"},
+        {"run_settings.json": "{}", "checkpoint-5/trainer_state.json": STATE, "checkpoint-10/x.bin": "w"},
         "unfinished",
         "checkpoint-5",
     ),
     "nine is less than ten": (
-        {f"checkpoint-{step}/trainer_state.json": STATE for step in (9, 10, 8)},
+        {"run_settings.json": "{}", **{f"checkpoint-{step}/trainer_state.json": STATE for step in (9, 10, 8)}},
         "unfinished",
         "checkpoint-10",
     ),
     "interrupted while it was saved": (
-        {"checkpoint-10/trainer_state.json": STATE, "trainer_state.json": STATE, "pytorch_model.bin": "w"},
+        {
+            "run_settings.json": "{}",
+            "checkpoint-10/trainer_state.json": STATE,
+            "trainer_state.json": STATE,
+            "pytorch_model.bin": "w",
+        },
         "unfinished",
         "checkpoint-10",
     ),
+    "started, nothing saved": ({"run_settings.json": "{}"}, "nothing", None),
+    "checkpoints of another program": ({"checkpoint-5/trainer_state.json": STATE}, "foreign", "checkpoint-5"),
     "a project": ({"README.md": "mine", "notes.txt": "mine"}, "foreign", None),
     "a hidden file": ({".keep": ""}, "foreign", None),
     "a model": ({"config.json": "{}", "model.safetensors": "w"}, "foreign", None),
@@ -255,13 +272,14 @@ def test_a_path_that_cannot_become_a_folder_is_a_problem(tmp_path, changes, vari
 # --- making way for a run
 
 FINISHED = {
+    "run_settings.json": "{}",
     "README.md": "card",
     "trainer_state.json": STATE,
     "pytorch_model.bin": "weights",
     "checkpoint-10/trainer_state.json": STATE,
     "checkpoint-10/global_step10/x.pt": "shard",
 }
-UNFINISHED = {"checkpoint-5/trainer_state.json": STATE, "checkpoint-5/x.pt": "shard"}
+UNFINISHED = {"run_settings.json": "{}", "checkpoint-5/trainer_state.json": STATE, "checkpoint-5/x.pt": "shard"}
 EVENTS = {"events.out.tfevents.1.a": "first", "events.out.tfevents.2.a": "second"}
 
 
@@ -314,32 +332,66 @@ def test_a_moved_run_is_named_by_when_it_finished(tmp_path):
 
 
 @pytest.mark.parametrize("files", [FINISHED, UNFINISHED])
-def test_overwrite_replaces_the_run_but_keeps_its_events(tmp_path, files):
+def test_overwrite_keeps_the_run_until_the_new_one_is_there(tmp_path, files):
+    """What make_way returns is removed by the caller, after the new run has been saved (test_run)."""
     fill(tmp_path / "out/run", files)
     fill(tmp_path / "out/run-20260101-000000", FINISHED)
     fill(tmp_path / "logs/run", EVENTS)
-    T.make_way(settings(tmp_path, overwrite=True))
+    moved = T.make_way(settings(tmp_path, overwrite=True))
+    assert moved == tmp_path / "out/run-20260102-030405"
     assert snapshot(tmp_path) == {
         "out/run": None,
         **below("out/run-20260101-000000", FINISHED),
+        **below("out/run-20260102-030405", files),
         **below("logs/run/runs/20260102-030405", EVENTS),
     }
 
 
-def test_overwrite_works_through_a_symbolic_link(tmp_path):
+def test_a_run_behind_a_symbolic_link_makes_way_too(tmp_path):
     fill(tmp_path / "disk", FINISHED)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/run").symlink_to(tmp_path / "disk")
-    T.make_way(settings(tmp_path, overwrite=True))
-    assert list((tmp_path / "out/run").iterdir()) == []
+    moved = T.make_way(settings(tmp_path, overwrite=True))
+    assert list((tmp_path / "out/run").iterdir()) == [] and (moved / "README.md").read_text() == "card"
 
 
-def test_resume_moves_nothing(tmp_path):
-    fill(tmp_path / "out/run", UNFINISHED)
-    fill(tmp_path / "logs/run", EVENTS)
-    before = snapshot(tmp_path)
-    T.make_way(settings(tmp_path, resume=True))
-    assert snapshot(tmp_path) == before
+def test_a_folder_is_one_runs_alone(tmp_path):
+    lock = T.lock_folder("output_dir", tmp_path / "out/run")
+    with pytest.raises(T.InputError, match="OUTPUT_DIR .*another run is writing to it"):
+        T.lock_folder("output_dir", tmp_path / "out/run")
+    lock.close()
+    T.lock_folder("output_dir", tmp_path / "out/run").close()
+
+
+@pytest.mark.parametrize("inside", ["policy_model_path", "train_dataset_path", "the working directory"])
+def test_a_run_that_is_still_needed_does_not_make_way(tmp_path, monkeypatch, inside):
+    fill(tmp_path / "out/run", {**FINISHED, "merged/config.json": "{}", "merged/pairs.jsonl": "{}"})
+    args = settings(tmp_path, overwrite=True)
+    assert T.output_problems(args) == []
+    paths = {"policy_model_path": "out/run/merged", "train_dataset_path": "out/run/merged/pairs.jsonl"}
+    if inside in paths:
+        setattr(args, inside, str(tmp_path / paths[inside]))
+    else:
+        monkeypatch.chdir(tmp_path / "out/run")
+    problem = T.output_problems(args)[0]
+    assert "must make way" in problem and "lies in it" in problem
+
+
+def test_a_resumed_run_needs_the_same_settings_and_data(tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", ROWS)
+    test = write_rows(tmp_path / "test.jsonl", ROWS[:2])
+    args = settings(tmp_path, train_dataset_path=str(train), test_dataset_path=str(test))
+    one_rank, two_ranks = T.resolve_devices("auto", 1, []), T.resolve_devices("auto", 2, [])
+    (tmp_path / "out/run").mkdir(parents=True)
+    (tmp_path / "out/run/run_settings.json").write_text(json.dumps(T.recorded_settings(args, one_rank)))
+    assert T.resume_problems(args, one_rank) == []
+    args.eval_steps, args.resume = 77, True  # these may differ
+    assert T.resume_problems(args, one_rank) == []
+    args.beta = 0.3
+    write_rows(train, ROWS[:-1])
+    found = T.resume_problems(args, two_ranks)
+    assert len(found) == 3 and "had BETA 0.05, not 0.3" in found[0]
+    assert "had RANKS 1, not 2" in found[1] and "TRAIN DATA" in found[2]
 
 
 @pytest.mark.parametrize("changes", [PLAIN, OVERWRITE])
@@ -556,7 +608,7 @@ def read_by_the_launcher(text: str) -> dict[str, str]:
 
 
 def test_what_the_launcher_reads_for_the_cpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(T, "CORES", 8)
     args = T.ScriptArguments(output_dir=f"{tmp_path}/a folder = $x", log_dir="./logs/run")
     found = read_by_the_launcher(T.launch_settings(args, CPU))
     port = int(found.pop("MASTER_PORT"))

@@ -34,6 +34,7 @@ FILES = {
     "tokenizer_config.json",
     "trainer_state.json",
     "README.md",
+    "run_settings.json",
 }
 
 
@@ -47,7 +48,9 @@ def run(tiny_run, tmp_path_factory):
     kept = {path.name: path.read_bytes() for path in output_of(cwd).iterdir() if path.is_file()}
     second = launch({**variables, "NUM_EPOCHS": "0.1"}, cwd=cwd)
     assert second.returncode == 0, second.stderr[-3000:]
-    (aside,) = (path for path in output_of(cwd).parent.iterdir() if path != output_of(cwd))
+    (aside,) = cwd.glob("model_output/Preference_Guided_DPO-*")
+    third = launch({**variables, "NUM_EPOCHS": "0.1", "OVERWRITE": "true", "SEED": "7"}, cwd=cwd)
+    assert third.returncode == 0, third.stderr[-3000:]
     return {"cwd": cwd, "first": first, "second": second, "output": aside, "kept": kept, "variables": variables}
 
 
@@ -60,8 +63,9 @@ def events(folder: Path) -> EventAccumulator:
 
 @pytest.fixture(scope="module")
 def first_events(run):
-    (folder,) = (run["cwd"] / "logs" / "Preference_Guided_DPO" / "runs").iterdir()
-    return events(folder)
+    folders = sorted((run["cwd"] / "logs" / "Preference_Guided_DPO" / "runs").iterdir())
+    assert len(folders) == 2
+    return events(folders[0])
 
 
 def test_every_file_of_the_contract_is_there(run):
@@ -74,6 +78,11 @@ def test_a_second_start_moves_the_finished_run_aside_unchanged(run):
     assert re.fullmatch(r"Preference_Guided_DPO-\d{8}-\d{6}", run["output"].name)
     assert "moved aside" in run["second"].stderr and str(run["output"].name) in run["second"].stdout
     assert len(list((run["cwd"] / "logs" / "Preference_Guided_DPO").glob("events.*"))) == 1
+
+
+def test_overwrite_replaces_the_second_run_and_leaves_the_first(run):
+    assert list(run["cwd"].glob("model_output/Preference_Guided_DPO-*")) == [run["output"]]
+    assert json.loads((output_of(run["cwd"]) / "run_settings.json").read_text(encoding="utf-8"))["seed"] == 7
 
 
 def test_tags_are_exactly_those_of_the_contract(first_events):
@@ -132,8 +141,6 @@ def test_the_readmes_inference_snippet(run, capsys, monkeypatch):
     assert "PeftModel.from_pretrained(base_model" in snippet and "model.generate" in snippet
     snippet = snippet.replace("./models/SmolLM2-135M-Instruct", run["variables"]["POLICY_MODEL_PATH"])
     snippet = snippet.replace("max_length=300", "max_length=40")
-    target = run["cwd"] / "model_output" / "Preference_Guided_DPO"
-    assert target.is_dir()
     monkeypatch.chdir(run["cwd"])
     exec(snippet, {})
     assert len(capsys.readouterr().out.strip()) > 0

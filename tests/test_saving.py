@@ -1,9 +1,10 @@
 """Saving: what is read back must be what was trained; test_run looks at the files of a whole run."""
 
+import json
+
 import pytest
 import torch
 from conftest import make_model
-from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import train_with_preference_prompt as T
@@ -18,7 +19,7 @@ def saved(tokenizer, tmp_path):
 
 def test_a_saved_adapter_passes(saved):
     policy, folder = saved
-    T.verify_adapter(get_peft_model_state_dict(policy), folder)
+    T.verify_adapter(policy, folder)
 
 
 @pytest.mark.parametrize("change", ["another value", "a missing tensor", "an extra tensor"])
@@ -36,7 +37,15 @@ def test_a_file_that_differs_is_named(saved, file, change):
         state["extra"] = torch.zeros(1)
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     with pytest.raises(T.SelfCheckError, match=f"{file} differs from the trained model in 1 tensors"):
-        T.verify_adapter(get_peft_model_state_dict(policy), folder)
+        T.verify_adapter(policy, folder)
+
+
+def test_another_adapter_config_is_named(saved):
+    policy, folder = saved
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
+    with pytest.raises(T.SelfCheckError, match="adapter_config.json differs"):
+        T.verify_adapter(policy, folder)
 
 
 def test_tied_weights_are_written_once(tokenizer, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CHATML, PREFERENCE, ROWS
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import train_with_preference_prompt as T
@@ -302,6 +302,28 @@ def test_a_token_that_spans_template_and_content_is_kept_whole(joins_newlines):
     assert done.pref_prompt_ids == template_ids(joins_newlines, [{"role": "system", "content": PREFERENCE}, user])
 
 
+@pytest.mark.parametrize("prompt", ["How do I boil an egg?", "\nHow?", " How?"])
+def test_a_template_that_ends_in_a_space_loses_no_word(prompt):
+    """`[INST] ` and the prompt's first word share a token of a Metaspace tokenizer, as in Llama 2 and Mistral."""
+    core = Tokenizer(models.BPE(byte_fallback=False))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", END], initial_alphabet=list("▁\n"))
+    core.train_from_iterator([f"[INST] {prompt} [/INST] {PREFERENCE}"] * 3 + [" How", " Answer"], trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token=END)
+    made.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}"
+        "{% elif m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}</s>{% endif %}"
+        "{% endfor %}"
+    )
+    for limit in (80, 200):
+        done, _ = run(made, pair(prompt), max_prompt_length=limit)
+        for shown in (made.decode(done.prompt_ids), made.decode(done.pref_prompt_ids)):
+            assert prompt.strip() in shown and shown.count("How") == 1
+        assert PREFERENCE in made.decode(done.pref_prompt_ids)
+    assert made.decode(done.prompt_ids) == f"[INST] {prompt} [/INST]"
+
+
 def test_cutting_a_prompt_that_begins_with_a_newline_keeps_the_template(joins_newlines):
     done, _ = run(joins_newlines, pair("\nWhat is a very long question?"), max_prompt_length=40)
     shown = joins_newlines.decode(done.prompt_ids)
@@ -347,7 +369,6 @@ def test_no_answer_is_ever_empty(tokenizer, pairs, max_prompt_length, max_length
         "<|im_start|>assistant",
         "<|im_end|>\nFour.",
         "<|endoftext|>",
-        "<|im_end|> ",
     ],
 )
 def test_special_tokens_spelt_out_in_an_answer_stay_text(tokenizer, answer):
@@ -360,7 +381,7 @@ def test_special_tokens_spelt_out_in_an_answer_stay_text(tokenizer, answer):
         assert [i for i in done.prompt_ids if i < 3] == [1, 2, 1]
 
 
-@pytest.mark.parametrize("answer", ["Four.<|im_end|>", "Four."])
+@pytest.mark.parametrize("answer", ["Four.<|im_end|>", "Four.", "Four.<|im_end|>\n", "Four.<|im_end|> "])
 def test_an_answer_that_brings_its_end_token_gets_no_second(tokenizer, answer):
     done, _ = run(tokenizer, pair(chosen=answer))
     assert done.chosen_ids == [*ids(tokenizer, "Four."), 2]

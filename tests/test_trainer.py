@@ -111,6 +111,28 @@ def test_checkpointed_activations_change_no_update(runs, tiny_run, tmp_path):
 
 
 @pytest.mark.skipif((T.os.cpu_count() or 1) < 2, reason="two ranks need two cores")
+def test_bf16_stays_near_fp32(runs, tiny_run, tmp_path):
+    """The GPUs' default, here on the CPU: log-probabilities and losses still in fp32, from bf16 hidden states."""
+    finished(train({**tiny_run, **EXACT, "PRECISION": "bf16", "LEARNING_RATE": "0.0001"}, tmp_path))
+    assert (
+        torch.load(output_of(tmp_path) / "pytorch_model.bin", weights_only=True)["model.norm.weight"].dtype
+        == torch.bfloat16
+    )
+    start = series(tmp_path, "loss/eval")[0]
+    assert start == pytest.approx(series(runs[2], "loss/eval")[0], rel=0.1)
+    assert series(tmp_path, "rewards_eval/accuracy")[0] == 0.0 or start != series(runs[2], "loss/eval")[0]
+
+
+def test_a_finished_training_resumed_while_saving_adds_no_update(tiny_run, tmp_path):
+    variables = {**tiny_run, "NUM_EPOCHS": "0.5"}
+    finished(train(variables, tmp_path))
+    (output_of(tmp_path) / T.MODEL_CARD).unlink()
+    before = adapter(tmp_path)
+    finished(train({**variables, "RESUME": "true"}, tmp_path))
+    assert json.loads((output_of(tmp_path) / T.TRAINER_STATE).read_text())["global_step"] == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter(tmp_path).items())
+
+
 def test_two_ranks_equal_one(tiny_run, tmp_path):
     """11 pairs in updates of 10: the last one leaves a rank with nothing but a filler, as do the 5 test pairs."""
     one, two = tmp_path / "one", tmp_path / "two"
