@@ -866,8 +866,10 @@ def convert_bundled_model(gguf_file: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf_file.parent, dtype=torch.float32, quantization_config=dequantize, **options
     )
-    del model.config.quantization_config  # else save_pretrained refuses to write a dequantised model
+    # Else save_pretrained takes the dequantised model for a quantised one and refuses to write it.
     model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
         aside = Path(folder) / target.name

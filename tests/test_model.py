@@ -97,11 +97,14 @@ class Conversion:
         return sorted(path.name for path in self.target.parent.rglob("*"))
 
 
-@pytest.fixture
-def conversion(tokenizer, monkeypatch, tmp_path):
+@pytest.fixture(params=["quantised config", "plain config"])
+def conversion(request, tokenizer, monkeypatch, tmp_path):
     import copy
 
-    return Conversion(copy.deepcopy(tokenizer), monkeypatch, tmp_path / "models" / "Small")
+    made = Conversion(copy.deepcopy(tokenizer), monkeypatch, tmp_path / "models" / "Small")
+    if request.param == "plain config":
+        del made.model.config.quantization_config
+    return made
 
 
 def test_a_conversion_leaves_one_complete_folder(conversion):
