@@ -125,6 +125,7 @@ class SelfCheckError(RuntimeError):
 
 
 def setting(default: Any, help: str) -> Any:
+    """A field of `ScriptArguments` with its help text."""
     return field(default=default, metadata={"help": help})
 
 
@@ -1810,6 +1811,7 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def is_whole(state: Path) -> bool:
+    """Whether a JSON file was written to its end."""
     try:
         json.loads(state.read_text(encoding="utf-8"))
     except ValueError:
@@ -1825,6 +1827,12 @@ def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]
         f"{split} data": hashlib.sha256(path.read_bytes()).hexdigest() for split, path in args.dataset_paths.items()
     }
     return settings | {"ranks": devices.ranks} | digests
+
+
+def record_settings(args: ScriptArguments, devices: Devices) -> None:
+    """Writes the file that makes the output folder this run's."""
+    record = json.dumps(recorded_settings(args, devices), ensure_ascii=False, indent=1)
+    (args.output_path / RUN_SETTINGS).write_text(record, encoding="utf-8")
 
 
 def resume_problems(args: ScriptArguments, devices: Devices) -> list[str]:
@@ -1875,6 +1883,7 @@ def output_problems(args: ScriptArguments) -> list[str]:
 
 
 def lock_of(folder: Path) -> Path:
+    """The lock file of a folder stands beside it, so that it stays when the folder is moved."""
     return folder.parent / f".{folder.name}.lock"
 
 
@@ -1891,6 +1900,13 @@ def lock_folder(name: str, folder: Path) -> Any:
     except BlockingIOError:
         raise InputError(f"{describe(name, str(folder))}: another run is writing to it; name another folder") from None
     return lock
+
+
+def check_locks(args: ScriptArguments) -> None:
+    """Raises InputError if another run is writing to one of the folders; makes no lock file."""
+    for name, folder in (("output_dir", args.output_path), ("log_dir", args.log_path)):
+        if lock_of(folder).exists():
+            lock_folder(name, folder).close()
 
 
 def ds_config_problems(args: ScriptArguments) -> list[str]:
@@ -1969,6 +1985,7 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
 
 
 def describe_output(args: ScriptArguments) -> str:
+    """The output folder and what becomes of an earlier run in it."""
     if args.resume:
         return f"{args.output_dir}, resumed from {newest_checkpoint(args.output_path).name}"
     what = {"finished": "replaced" if args.overwrite else "moved aside", "unfinished": "replaced"}
@@ -1977,6 +1994,7 @@ def describe_output(args: ScriptArguments) -> str:
 
 
 def free_port() -> int:
+    """A TCP port of this machine on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -2016,10 +2034,12 @@ def make_way(args: ScriptArguments) -> Path | None:
 
 
 def modified_at(path: Path) -> str:
+    """When a file was last written, local time, as part of a file name."""
     return datetime.datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
 
 
 def unused_path(folder: Path, name: str) -> Path:
+    """`folder/name`, numbered from 2 on where that exists."""
     candidates = (folder / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
     return next(path for path in candidates if not path.exists())
 
@@ -2043,15 +2063,18 @@ def with_absolute_folders(args: ScriptArguments) -> ScriptArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: checks everything, then shows the plan or trains.
+
+    Raises:
+        InputError: the settings, files or data cannot be used.
+    """
     # The libraries call their own deprecated names, and accelerate compares a default with DeepSpeed's setting.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     args = with_absolute_folders(parse_arguments(argv))
     devices, pairs, reports = check_inputs(args)
     if args.plan:
-        for name, folder in (("output_dir", args.output_path), ("log_dir", args.log_path)):
-            if lock_of(folder).exists():
-                lock_folder(name, folder).close()
+        check_locks(args)
         print(describe_plan(args, devices, reports), file=sys.stderr)
         print(launch_settings(args, devices))
         return
@@ -2077,18 +2100,10 @@ def train(
     model, base_logps = build_policy(args, hf_args, model_path, datasets["train"])
     if is_main:
         locks = [lock_folder("output_dir", args.output_path), lock_folder("log_dir", args.log_path)]
-        replaced = None if args.resume else make_way(args)
-        if not args.resume:
-            record = json.dumps(recorded_settings(args, devices), ensure_ascii=False, indent=1)
-            (args.output_path / RUN_SETTINGS).write_text(record, encoding="utf-8")
+        earlier = None if args.resume else make_way(args)
+        record_settings(args, devices)
     trainer = PreferenceGuidedDPOTrainer(
-        model,
-        hf_args,
-        args,
-        datasets["train"],
-        datasets["test"],
-        tokenizer,
-        base_logps,
+        model, hf_args, args, datasets["train"], datasets["test"], tokenizer, base_logps
     )
     trainer.add_callback(RunCallback(trainer))
     trainer.add_callback(TagCallback(args.log_path, hyperparameters(args)))
@@ -2097,8 +2112,8 @@ def train(
     trainer.train(resume_from_checkpoint=str(checkpoint_path) if checkpoint_path else None)
     if is_main:
         save_run(trainer, Path(hf_args.output_dir), reports)
-        if replaced is not None and args.overwrite:
-            shutil.rmtree(replaced)
+        if args.overwrite and earlier is not None:
+            shutil.rmtree(earlier)
         print_result(trainer)
         for lock in locks:
             lock.close()
