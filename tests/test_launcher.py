@@ -119,8 +119,30 @@ def test_without_a_compiler_the_cpu_path_says_so(tiny_run, tmp_path):
     assert result.returncode == 2 and "no C++ compiler (no-such-compiler) was found" in result.stderr
 
 
-def test_help_explains_the_settings(tmp_path):
-    result = launch({}, "--help", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("variables", "flags", "phrase"),
+    [
+        ({"DRY_RUN": "maybe"}, [], "DRY_RUN is 'maybe': must be 0 or 1"),
+        ({}, ["--plan"], "set DRY_RUN=1 to see the plan"),
+    ],
+)
+def test_the_launchers_own_words(tmp_path, variables, flags, phrase):
+    result = launch(variables, *flags, cwd=tmp_path)
+    assert result.returncode == 2 and phrase in result.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_through_a_symbolic_link_from_elsewhere(tiny_run, tmp_path):
+    (tmp_path / "train").symlink_to(PROJECT / "fast_train.sh")
+    environment = {**os.environ, **tiny_run, "CDPATH": "/tmp:/"}
+    command = ["bash", "train", "--setup"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "setting up" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_explains_the_settings(tmp_path, flag):
+    result = launch({}, flag, cwd=tmp_path)
     assert result.returncode == 0
     shown = " ".join(result.stdout.split())
     assert "--gradient_accum_steps" in shown and "Pairs each GPU (or CPU rank) accumulates before an update." in shown
@@ -130,7 +152,7 @@ def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_every_rank(tiny_run, tmp_path, sent, status):
     variables = {**tiny_run, "NUM_EPOCHS": "100000", "CPU_RANKS": str(min(2, os.cpu_count()))}
     log = tmp_path / "log"
