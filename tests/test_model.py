@@ -8,14 +8,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_with_preference_prompt as T
 
 
-@pytest.fixture(scope="session")
-def bundled_model():
-    """The converted bundled model; `./fast_train.sh --setup` has installed its package, the conversion takes 30 s."""
-    if T.model_problems(""):
-        pytest.skip("the bundled model's package is not installed: ./fast_train.sh --setup does it")
-    return T.resolve_model_path("")
-
-
 @pytest.mark.parametrize(
     ("files", "phrase"),
     [
