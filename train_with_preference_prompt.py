@@ -2,7 +2,8 @@
 
 A LoRA policy is trained on pairs (prompt, chosen, rejected) with two signals: DPO (arXiv 2305.18290), and a
 preference-consistency loss that distils what the model prefers *when it is told the preference* (a prefix in
-front of the prompt) into what it prefers when it is not told.
+front of the prompt) into what it prefers when it is not told. The prefix is a text (mode `text`) or soft prompt
+embeddings (mode `embedding`), which mode `ptuning` trains while the model stays frozen.
 
 Run it through ``./fast_train.sh``, which fills in these flags and starts
 ``deepspeed --include=localhost:0 train_with_preference_prompt.py --train_dataset_path pairs.jsonl …``.
@@ -10,11 +11,12 @@ Run it through ``./fast_train.sh``, which fills in these flags and starts
 The data's path:  rows → prefix → tokens → packed row → log-probs → loss → metrics → files
 
 Shape legend:     P pairs in a batch · A = 2P answers · T tokens in the packed row · S scored answer tokens
-                  H hidden size · V vocabulary
+                  K embeddings of the soft prompt · H hidden size · V vocabulary
 Log-probabilities and their sums are in nats, fp32.
 """
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -27,6 +29,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import socket
 import sys
@@ -43,7 +46,7 @@ import jinja2
 import torch
 import torch.nn.functional as F
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -82,6 +85,8 @@ PLACEHOLDER = "\ue000\ue001"  # private-use characters: stand for a text that is
 RUN_SETTINGS = "run_settings.json"  # written first: a folder that has it holds a run of this program
 MODEL_CARD = "README.md"  # written last: then the run is finished
 MERGED_WEIGHTS, MERGED_FOLDER = "pytorch_model.bin", "merged"
+SOFT_PROMPT = "prompt_embeddings.pt"
+ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 TRAINER_STATE = "trainer_state.json"
 
 # metric → (tag on the training set, tag on the test set)
@@ -134,14 +139,16 @@ class ScriptArguments:
     """The settings of a run. Each field is the launcher's variable of the same name in lower case."""
 
     # --- preference guidance
-    training_mode: str = setting("text", "What guides the training: text (an instruction in front of the prompt).")
+    training_mode: str = setting(
+        "text", "text (an instruction guides), embedding (a soft prompt guides) or ptuning (trains a soft prompt)."
+    )
     preference_text: str = setting(
         "Be helpful, honest and harmless: answer in one or two plain sentences with concrete facts or steps.",
-        "The preference in words; it becomes (part of) the system message, or stands before the prompt.",
+        "The preference in words: text mode's system message (or words before the prompt), ptuning mode's start.",
     )
-    prompt_embedding_path: str = setting("", "Soft prompt file for embedding mode.")
-    num_virtual_tokens: int = setting(10, "Length of the soft prompt in ptuning mode.")
-    prompt_init: str = setting("text", "Where ptuning mode starts from.")
+    prompt_embedding_path: str = setting("", "Soft prompt of embedding mode: .pt, .safetensors or a PEFT folder.")
+    num_virtual_tokens: int = setting(10, "Embeddings of the soft prompt that ptuning mode trains.")
+    prompt_init: str = setting("text", "Where ptuning mode starts: text (preference_text's embeddings) or random.")
     # --- model
     policy_model_path: str = setting("", "Local folder or hub id of the base model; empty: the bundled small model.")
     adapter_path: str = setting("", "An existing adapter to continue from.")
@@ -162,7 +169,8 @@ class ScriptArguments:
     loss_type: str = setting("sigmoid", "The DPO loss.")
     label_smoothing: float = setting(0.0, "Assumed share of wrongly labelled pairs.")
     # --- optimisation
-    learning_rate: float = setting(5e-4, "Peak learning rate of AdamW.")
+    learning_rate: float = setting(5e-4, "Peak learning rate of the LoRA matrices (AdamW).")
+    ptuning_learning_rate: float = setting(3e-2, "Peak learning rate of the soft prompt in ptuning mode (AdamW).")
     lr_scheduler_type: str = setting("linear", "Any schedule name that transformers knows: linear, cosine, constant, …")
     warmup_ratio: float = setting(0.0, "Share of the updates over which the learning rate rises from 0.")
     weight_decay: float = setting(0.0, "AdamW's weight decay.")
@@ -196,9 +204,20 @@ class ScriptArguments:
         return math.ceil(self.gradient_accum_steps / self.pairs_per_forward)
 
     @property
-    def guided(self) -> bool:
-        """Whether training needs the pass with the preference prefix (α = 0 is plain DPO)."""
-        return self.alpha > 0
+    def trains_prefix(self) -> bool:
+        """Whether the soft prompt is trained and the model frozen, instead of the other way round."""
+        return self.training_mode == "ptuning"
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """What a training step scores: the plain pairs, those with the prefix, or both (α = 0 is plain DPO)."""
+        if self.trains_prefix:
+            return ("pref",)
+        return ("base", "pref") if self.alpha > 0 else ("base",)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return self.ptuning_learning_rate if self.trains_prefix else self.learning_rate
 
     @property
     def dataset_paths(self) -> dict[str, Path]:
@@ -219,12 +238,10 @@ class ScriptArguments:
         return path if path.exists() else PROJECT_DIR / path
 
 
-# What this version can do with a setting that has other values planned: field → (accepted values, what the rest needs).
+# Settings with few values: field → (accepted values, why no other).
 ONLY = {
-    "training_mode": (("text",), "embedding and ptuning mode are not available in this version"),
-    "prompt_embedding_path": (("",), "soft prompts belong to embedding mode, which is not available in this version"),
-    "num_virtual_tokens": ((10,), "soft prompts belong to ptuning mode, which is not available in this version"),
-    "prompt_init": (("text",), "soft prompts belong to ptuning mode, which is not available in this version"),
+    "training_mode": (("text", "embedding", "ptuning"), "there is no such mode"),
+    "prompt_init": (("text", "random"), "a soft prompt starts from PREFERENCE_TEXT or at random"),
     "loss_type": (("sigmoid",), "no other DPO loss is available in this version"),
     "label_smoothing": ((0.0,), "no loss with label smoothing is available in this version"),
     "precision": (("auto", "bf16", "fp32"), "no other precision is available in this version"),
@@ -236,6 +253,14 @@ ONLY = {
     "node_rank": (("",), "training on several nodes is not available in this version"),
     "master_addr": (("",), "training on several nodes is not available in this version"),
     "preset": (("",), "presets are not available in this version; set BETA and ALPHA"),
+}
+
+# Settings that a mode does not use; the plan names those that were set all the same.
+PTUNING_ONLY = ("num_virtual_tokens", "prompt_init", "ptuning_learning_rate")
+NOT_USED = {
+    "text": PTUNING_ONLY,
+    "embedding": ("preference_text", *PTUNING_ONLY),
+    "ptuning": ("alpha", "learning_rate", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
 }
 
 # Schedules that need no further settings, no metric under the stock Trainer's name and run under DeepSpeed.
@@ -256,6 +281,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "must be a finite number of at least 0; 0.1 is a good start",
     ),
     "learning_rate": (lambda x: 0 < x < 1, "must lie between 0 and 1; 5e-4 is a good start for LoRA"),
+    "ptuning_learning_rate": (lambda x: 0 < x < 1, "must lie between 0 and 1; 3e-2 is a good start"),
+    "num_virtual_tokens": (lambda x: 1 <= x <= 4096, "must be 1 to 4096; 10 to 100 is usual"),
     "warmup_ratio": (lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
     "weight_decay": (lambda x: 0 <= x < math.inf, "must be a finite number of at least 0"),
     "max_grad_norm": (lambda x: 0 < x < math.inf, "must be a finite number above 0; 1.0 is usual"),
@@ -327,6 +354,21 @@ def argument_problems(args: ScriptArguments) -> list[str]:
         problems.append(
             f"{describe('max_length', args.max_length)}: must be larger than MAX_PROMPT_LENGTH, "
             f"{args.max_prompt_length}, so that every answer keeps a token; raise one or lower the other"
+        )
+    if args.training_mode == "embedding" and not args.prompt_embedding_path:
+        problems.append(
+            "TRAINING_MODE (--training_mode) is 'embedding', but PROMPT_EMBEDDING_PATH (--prompt_embedding_path) is "
+            "empty; name a soft prompt, such as the prompt_embeddings.pt that TRAINING_MODE=ptuning writes"
+        )
+    if args.training_mode != "embedding" and args.prompt_embedding_path:
+        problems.append(
+            f"{describe('prompt_embedding_path', args.prompt_embedding_path)}: only TRAINING_MODE=embedding reads a "
+            f"soft prompt, and TRAINING_MODE is {args.training_mode!r}; empty the one or change the other"
+        )
+    if args.trains_prefix and args.prompt_init == "text" and not args.preference_text.strip():
+        problems.append(
+            f"{describe('preference_text', args.preference_text)}: with PROMPT_INIT=text the soft prompt starts from "
+            "its words; state the preference or set PROMPT_INIT=random"
         )
     if args.resume and args.overwrite:
         problems.append("RESUME and OVERWRITE are both true: set one of them to false")
@@ -476,11 +518,19 @@ def plain(messages: Messages) -> Messages:
 
 
 @dataclass(frozen=True)
-class TextPrefix:
-    """A preference in words. With a chat template it becomes the system message, else it stands before the prompt."""
+class Prefix:
+    """A preference in words, or the room for soft embeddings before the first token; without either, nothing guides.
 
-    text: str
-    num_virtual_tokens: int = 0  # soft embeddings before the first token: a text prefix has none
+    With a chat template the text becomes the system message, else it stands before the prompt.
+    """
+
+    text: str = ""
+    num_virtual_tokens: int = 0  # K
+
+    @property
+    def virtual_ids(self) -> list[int]:
+        """The ids that stand for the soft prompt's embeddings: −1 for the first, −2 for the second, …"""
+        return [-1 - k for k in range(self.num_virtual_tokens)]
 
     def as_system_message(self, messages: Messages) -> Messages:
         return [{"role": "system", "content": self.text}, *messages] if self.text else messages
@@ -494,6 +544,136 @@ class TextPrefix:
         return f"{self.text}\n\n{prompt}" if self.text else prompt
 
 
+SOFT_PROMPT_KEY = re.compile(r"prompt_embeddings|embeddings|weight|(.+\.)?prompt_encoder\.[^.]+\.embedding\.weight")
+REPARAMETERISED = re.compile(r"(.+\.)?prompt_encoder\.[^.]+\.(mlp_head|lstm_head)\.")
+
+
+def read_soft_prompt(path: str, hidden_size: int | None = None) -> torch.Tensor:
+    """The soft prompt (K, H), fp32, in a tensor file or a PEFT prompt-tuning folder; no code in it is run.
+
+    Args:
+        path: a tensor (K, H) or (H,), or a dict with it under `prompt_embeddings`, `embeddings`, `weight` or PEFT's
+            own key, or as its only floating-point tensor of that shape; written by torch.save or as .safetensors.
+        hidden_size: H of the model; None accepts any.
+
+    Raises:
+        InputError: naming the file, what was found in it and what was expected.
+    """
+    try:
+        found = open_tensors(soft_prompt_file(Path(path).expanduser()))
+        return as_soft_prompt(pick_soft_prompt(found, hidden_size), hidden_size)
+    except ValueError as error:
+        raise InputError(f"{describe('prompt_embedding_path', path)}: {error}") from None
+
+
+def soft_prompt_file(path: Path) -> Path:
+    """The file with the tensors; of a PEFT folder the adapter's weights.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if path.is_file():
+        if path.stat().st_size == 0:
+            raise ValueError("the file is empty; expected a tensor")
+        return path
+    if not path.is_dir():
+        raise ValueError(f"{'is no regular file' if path.exists() else 'there is no such file'}; name a soft prompt")
+    hint = f"; name its {SOFT_PROMPT}" if (path / SOFT_PROMPT).is_file() else "; name a tensor file or another folder"
+    try:
+        kind = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"that folder has no {ADAPTER_CONFIG} of a PEFT prompt-tuning adapter{hint}") from None
+    if kind not in ("PROMPT_TUNING", "P_TUNING"):
+        raise ValueError(f"that folder holds a {kind} adapter, not one of prompt tuning{hint}")
+    files = [path / name for name in ADAPTER_FILES if (path / name).is_file()]
+    if not files:
+        raise ValueError(f"that folder has neither {' nor '.join(ADAPTER_FILES)}{hint}")
+    return files[0]
+
+
+def open_tensors(file: Path) -> dict[str, Any]:
+    """Everything in a tensor file by its key; a bare tensor gets the usual one.
+
+    Raises:
+        ValueError: it is not a tensor file, or could only be opened by running code from it.
+    """
+    try:
+        found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except PermissionError:
+        raise ValueError("the file cannot be read; check its permissions") from None
+    except Exception as error:  # damaged and hostile bytes raise anything
+        wanted = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        code = f": it asks to run {wanted[1]!r}, which is refused" if wanted else f" ({type(error).__name__})"
+        raise ValueError(f"is not a file of tensors{code}; write one with torch.save or safetensors") from None
+    if isinstance(found, torch.Tensor):
+        return {"prompt_embeddings": found}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"holds {type(found).__name__}, expected a tensor or a dict of tensors")
+    return {str(key): value for key, value in found.items()}
+
+
+def pick_soft_prompt(found: Mapping[str, Any], hidden_size: int | None) -> Any:
+    """The one value that is the soft prompt.
+
+    Raises:
+        ValueError: there is none, or more than one could be it.
+    """
+    if any(REPARAMETERISED.match(key) for key in found):
+        raise ValueError(
+            "holds a P-tuning encoder, not its embeddings; name the folder that PEFT's save_pretrained wrote"
+        )
+    keys = [key for key in found if SOFT_PROMPT_KEY.fullmatch(key)]
+    keys = keys or [key for key, value in found.items() if not soft_prompt_problem(value, hidden_size)]
+    if len(keys) == 1:
+        return found[keys[0]]
+    listed = ", ".join(f"{key!r} {describe_tensor(value)}" for key, value in list(found.items())[:MAX_LISTED_PROBLEMS])
+    more = ", …" * (len(found) > MAX_LISTED_PROBLEMS)
+    what = f"is ambiguous, {' and '.join(map(repr, keys[:2]))} could be the soft prompt" if keys else "holds none"
+    raise ValueError(f"{what}: found {listed or 'nothing'}{more}; {expected_soft_prompt(hidden_size)}")
+
+
+def describe_tensor(value: Any) -> str:
+    """Type and shape, for an error."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+
+def expected_soft_prompt(hidden_size: int | None) -> str:
+    return f"expected one floating-point tensor (K, {hidden_size or 'hidden size'})"
+
+
+def soft_prompt_problem(value: Any, hidden_size: int | None) -> str | None:
+    """Why a value has not the type or shape of a soft prompt."""
+    if not isinstance(value, torch.Tensor):
+        return f"holds {describe_tensor(value)}; {expected_soft_prompt(hidden_size)}"
+    usable = value.is_floating_point() and value.layout == torch.strided and not value.is_meta
+    if not usable or value.dim() not in (1, 2) or value.numel() == 0:
+        return f"holds {describe_tensor(value)}; {expected_soft_prompt(hidden_size)}"
+    if hidden_size not in (None, value.shape[-1]):
+        return (
+            f"holds {describe_tensor(value)}, but the model's embeddings have {hidden_size} numbers, not "
+            f"{value.shape[-1]}; use a soft prompt that was trained for this model"
+        )
+    return None
+
+
+def as_soft_prompt(value: Any, hidden_size: int | None) -> torch.Tensor:
+    """(K, H) fp32 from what was found.
+
+    Raises:
+        ValueError: saying what it is instead.
+    """
+    problem = soft_prompt_problem(value, hidden_size)
+    if problem:
+        raise ValueError(problem)
+    embeddings = value.detach().to(torch.float32).reshape(-1, value.shape[-1]).clone()
+    broken = int((~embeddings.isfinite()).sum())
+    if broken:
+        raise ValueError(f"{broken} of its {embeddings.numel()} numbers are not finite in fp32; train it again")
+    return embeddings
+
+
 # ======================================================================================================================
 # 5 · Tokenise — pair + prefix → token ids; the only truncation policy.
 # ======================================================================================================================
@@ -501,13 +681,20 @@ class TextPrefix:
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """Token ids of one pair; `pref_prompt_ids` is the prompt with the preference prefix, the answers are shared."""
+    """Token ids of one pair; `pref_prompt_ids` is the prompt with the preference prefix, the answers are shared.
+
+    Ids below 0 stand for soft embeddings: −1 − k for the k-th.
+    """
 
     prompt_ids: list[int]
     pref_prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     source: Pair
+
+    def prompt(self, condition: str) -> list[int]:
+        """The prompt of a condition: "base" is the plain one, "pref" the one with the prefix."""
+        return {"base": self.prompt_ids, "pref": self.pref_prompt_ids}[condition]
 
 
 class PairTokenizer:
@@ -521,7 +708,7 @@ class PairTokenizer:
         InputError: the tokenizer has no end token or no character offsets, or the template leaves no room.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prefix: TextPrefix, max_length: int, max_prompt_length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prefix: Prefix, max_length: int, max_prompt_length: int):
         self.tokenizer, self.prefix = tokenizer, prefix
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
         if not tokenizer.is_fast:
@@ -579,7 +766,7 @@ class PairTokenizer:
                     f"takes {len(head) + len(tail)} tokens of every prompt; raise it (MAX_LENGTH too, if need be)"
                 )
             content = content[-room:]
-        return head + content + tail, pref_head + content + tail, cut
+        return head + content + tail, self.prefix.virtual_ids + pref_head + content + tail, cut
 
     def _ids(self, text: str, **options) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, **options).input_ids
@@ -665,7 +852,9 @@ def describe_example(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) ->
     """One pair as the model sees it in both conditions; what stands between ⟦ and ⟧ is scored."""
 
     def show(prompt_ids):
-        return f"{tokenizer.decode(prompt_ids)}⟦{tokenizer.decode(pair.chosen_ids)}⟧"
+        text_ids = [i for i in prompt_ids if i >= 0]
+        soft = f"({len(prompt_ids) - len(text_ids)} soft embeddings)" if len(text_ids) < len(prompt_ids) else ""
+        return f"{soft}{tokenizer.decode(text_ids)}⟦{tokenizer.decode(pair.chosen_ids)}⟧"
 
     return (
         f"--- plain, chosen answer\n{show(pair.prompt_ids)}\n"
@@ -692,7 +881,7 @@ class Tree(NamedTuple):
 class PackedRow:
     """Many pairs in one row. Branches hold each answer but its last token, which is predicted and never read."""
 
-    input_ids: torch.Tensor  # (1, T)
+    input_ids: torch.Tensor  # (1, T) below 0 for soft embeddings
     position_ids: torch.Tensor  # (1, T) branch positions continue from the trunk
     score_positions: torch.Tensor  # (S,) where in the row each scored token is predicted
     target_ids: torch.Tensor  # (S,) the scored tokens
@@ -818,7 +1007,7 @@ class PairLoader(DataLoader):
 
 
 # ======================================================================================================================
-# 7 · Model — finds, converts and loads the base model and its tokenizer, and adds the LoRA adapter.
+# 7 · Model — finds, converts and loads the base model and its tokenizer, and adds what is trained: LoRA or soft prompt.
 # ======================================================================================================================
 
 
@@ -913,16 +1102,39 @@ def load_config_and_tokenizer(path: str):
     return config, tokenizer
 
 
-def context_problems(config, tokenize: PairTokenizer, pairs: Sequence[TokenizedPair]) -> list[str]:
+def embedding_size(config) -> int:
+    """H of the model's input embeddings; it is laid out without weights to see it."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).get_input_embeddings().weight.shape[1]
+
+
+def local_embedding_size(path: str) -> int | None:
+    """The same where the model's configuration is on this machine and can be read; else None."""
+    folder = Path(path).expanduser() if path else BUNDLED_MODEL_DIR
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        return embedding_size(load_config_and_tokenizer(str(folder))[0])
+    except InputError:  # reported when the model is loaded
+        return None
+
+
+def context_problems(config, args: ScriptArguments, pairs: Sequence[TokenizedPair]) -> list[str]:
     """Why the longest prefixed pair does not fit the model."""
     text_config = config.get_text_config()
     context = getattr(text_config, "max_position_embeddings", None)
     longest = max(len(p.pref_prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
     window = getattr(text_config, "sliding_window", None) if getattr(text_config, "use_sliding_window", True) else None
+    soft = sum(i < 0 for i in pairs[0].pref_prompt_ids)
+    prefix = {
+        "text": "PREFERENCE_TEXT",
+        "embedding": f"the {soft} embeddings in PROMPT_EMBEDDING_PATH {args.prompt_embedding_path!r}",
+        "ptuning": f"NUM_VIRTUAL_TOKENS {soft}",
+    }[args.training_mode]
     limits = {"context": context, "sliding attention window": window}
     return [
-        f"MAX_LENGTH (--max_length) is {tokenize.max_length}: with the prefix the longest answer ends at token "
-        f"{longest}, but the model's {name} is {limit} tokens; lower MAX_LENGTH or shorten PREFERENCE_TEXT"
+        f"MAX_LENGTH (--max_length) is {args.max_length}: with the prefix ({prefix}) the longest answer ends at token "
+        f"{longest}, but the model's {name} is {limit} tokens; lower MAX_LENGTH or use a shorter prefix"
         for name, limit in limits.items()
         if limit is not None and longest > limit
     ]
@@ -939,6 +1151,36 @@ def load_base_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{describe('policy_model_path', path)}: it cannot be loaded: {reason}") from error
+
+
+def initial_soft_prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: ScriptArguments
+) -> nn.Embedding:
+    """Where P-tuning starts (K, H), fp32: the token embeddings of PREFERENCE_TEXT, tiled or cut, or of random tokens.
+
+    Raises:
+        InputError: the tokenizer makes no token of PREFERENCE_TEXT.
+    """
+    embed, wanted = model.get_input_embeddings(), args.num_virtual_tokens
+    if args.prompt_init == "text":
+        ids = tokenizer(args.preference_text, add_special_tokens=False).input_ids
+        if not ids:
+            raise InputError(f"{describe('preference_text', args.preference_text)}: the tokenizer makes no token of it")
+        ids = (ids * math.ceil(wanted / len(ids)))[:wanted]
+    else:
+        ids = torch.randint(len(tokenizer), (wanted,)).tolist()
+    with torch.no_grad():
+        start = embed(torch.tensor(ids, device=embed.weight.device)).float()
+    return nn.Embedding.from_pretrained(start.clone())
+
+
+def add_soft_prompt(model: PreTrainedModel, soft_prompt: nn.Embedding) -> PeftModel:
+    """The frozen base model with a PEFT prompt-tuning adapter whose embeddings are `soft_prompt`, made trainable."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=soft_prompt.num_embeddings)
+    policy = get_peft_model(model, config)
+    policy.prompt_encoder["default"].embedding = soft_prompt.requires_grad_(True)
+    policy.forward = model.forward  # packed rows say where the soft prompt stands; PEFT's forward would add it again
+    return policy
 
 
 def add_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
@@ -1036,18 +1278,28 @@ def chunked_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) 
     return torch.cat([score(head, *chunk) for chunk in chunks])
 
 
-def packed_logps(causal_lm: PreTrainedModel, row: PackedRow) -> torch.Tensor:
+def model_inputs(
+    causal_lm: PreTrainedModel, input_ids: torch.Tensor, soft_prompt: nn.Embedding | None
+) -> dict[str, torch.Tensor]:
+    """What the model reads: the ids (B, T), or their embeddings (B, T, H) where −1 − k is the soft prompt's k-th."""
+    if soft_prompt is None:
+        return {"input_ids": input_ids}
+    tokens = causal_lm.get_input_embeddings()(input_ids.clamp(min=0))
+    virtual = soft_prompt((-1 - input_ids).clamp(min=0)).to(tokens.dtype)
+    return {"inputs_embeds": torch.where((input_ids < 0)[..., None], virtual, tokens)}
+
+
+def packed_logps(causal_lm: PreTrainedModel, row: PackedRow, soft_prompt: nn.Embedding | None = None) -> torch.Tensor:
     """Summed log-probabilities (A,) of the answers in a packed row, in nats, fp32."""
     decoder, head = causal_lm.get_decoder(), causal_lm.get_output_embeddings()
-    output = decoder(
-        input_ids=row.input_ids, position_ids=row.position_ids, attention_mask=None, use_cache=False, trees=row.trees
-    )
+    inputs = model_inputs(causal_lm, row.input_ids, soft_prompt)
+    output = decoder(**inputs, position_ids=row.position_ids, attention_mask=None, use_cache=False, trees=row.trees)
     hidden = output.last_hidden_state[0, row.score_positions]  # (S, H)
     per_token_logps = chunked_logps(head, hidden, row.target_ids)  # (S,)
     return per_token_logps.new_zeros(2 * len(row.trees)).index_add(0, row.answer_index, per_token_logps)
 
 
-def enable_packed_forward(causal_lm: PreTrainedModel) -> PreTrainedModel:
+def enable_packed_forward(causal_lm: PreTrainedModel, soft_prompt: nn.Embedding | None = None) -> PreTrainedModel:
     """Lets `model(packed=row)` return `packed_logps`, also through PEFT and the DeepSpeed engine around the model.
 
     Gradients must flow through the engine's own call (under ZeRO-3 anything else trains wrongly), hence this way in.
@@ -1058,7 +1310,7 @@ def enable_packed_forward(causal_lm: PreTrainedModel) -> PreTrainedModel:
 
     @functools.wraps(text_forward)
     def forward(*args, packed: PackedRow | None = None, **kwargs):
-        return text_forward(*args, **kwargs) if packed is None else packed_logps(causal_lm, packed)
+        return text_forward(*args, **kwargs) if packed is None else packed_logps(causal_lm, packed, soft_prompt)
 
     causal_lm.forward = forward
     return causal_lm
@@ -1103,7 +1355,9 @@ def text_attention(causal_lm: PreTrainedModel) -> Iterator[None]:
         causal_lm.set_attn_implementation(TREE_ATTENTION)
 
 
-def unpacked_logps(causal_lm: PreTrainedModel, prompt_ids: list[int], answer_ids: list[int]) -> torch.Tensor:
+def unpacked_logps(
+    causal_lm: PreTrainedModel, prompt_ids: list[int], answer_ids: list[int], soft_prompt: nn.Embedding | None = None
+) -> torch.Tensor:
     """The answer's log-probability () by the model's own forward pass over one ordinary sequence.
 
     Raises:
@@ -1111,8 +1365,9 @@ def unpacked_logps(causal_lm: PreTrainedModel, prompt_ids: list[int], answer_ids
     """
     input_ids = torch.tensor([prompt_ids + answer_ids], device=causal_lm.device)
     with frozen(causal_lm), text_attention(causal_lm):
-        logits = causal_lm(input_ids=input_ids).logits[0, len(prompt_ids) - 1 : -1].float()  # (answer, V)
-        hidden = causal_lm.get_decoder()(input_ids=input_ids).last_hidden_state[0, len(prompt_ids) - 1 : -1]
+        inputs = model_inputs(causal_lm, input_ids, soft_prompt)
+        logits = causal_lm(**inputs).logits[0, len(prompt_ids) - 1 : -1].float()  # (answer, V)
+        hidden = causal_lm.get_decoder()(**inputs).last_hidden_state[0, len(prompt_ids) - 1 : -1]
         if not torch.allclose(causal_lm.get_output_embeddings()(hidden).float(), logits, rtol=1e-2, atol=1e-2):
             raise SelfCheckError(f"{type(causal_lm).__name__} scales or caps its logits, which is not supported")
     return logits.log_softmax(-1).gather(-1, input_ids[0, len(prompt_ids) :, None]).sum()
@@ -1137,6 +1392,40 @@ def preference_consistency_loss(base_margins: torch.Tensor, pref_margins: torch.
     return F.relu(pref_margins.detach() - base_margins)
 
 
+def margins(logps: torch.Tensor) -> torch.Tensor:
+    """Δ = log π(y_w) − log π(y_l), (P,) from (P, 2)."""
+    return logps[:, 0] - logps[:, 1]
+
+
+def reward_metrics(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> dict[str, torch.Tensor]:
+    """Implicit rewards β (log π(y) − log π_ref(y)) of (P, 2), and how they compare."""
+    rewards = beta * (policy - reference).detach()
+    return {
+        "accuracy": (rewards[:, 0] > rewards[:, 1]).float(),
+        "chosen_reward": rewards[:, 0],
+        "rejected_reward": rewards[:, 1],
+        "reward_margin": margins(rewards),
+    }
+
+
+def condition_metrics(plain: torch.Tensor, prefixed: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """What is reported of log π(y|x) and, where it was scored, of log π(y|p, x), each (P, 2)."""
+    plain = plain.detach()
+    metrics = {"base_margin": margins(plain), "chosen_logps": plain[:, 0], "rejected_logps": plain[:, 1]}
+    if prefixed is None:
+        return metrics
+    prefixed = prefixed.detach()
+    advantage = margins(prefixed) - margins(plain)
+    return metrics | {
+        "aligned_loss": preference_consistency_loss(margins(plain), margins(prefixed)),
+        "pref_advantage": advantage,
+        "pref_margin": margins(prefixed),
+        "active_fraction": (advantage > 0).float(),
+        "pref_chosen_logps": prefixed[:, 0],
+        "pref_rejected_logps": prefixed[:, 1],
+    }
+
+
 def preference_guided_loss(
     policy: torch.Tensor,
     reference: torch.Tensor,
@@ -1157,32 +1446,30 @@ def preference_guided_loss(
     Returns:
         Metric name → (P,). Only `loss` = dpo_loss + α · aligned_loss carries a gradient.
     """
-    base_margins, ref_margins = policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1]
-    loss = dpo_loss = DPO_LOSSES[loss_type](base_margins - ref_margins, beta)
-    rewards = beta * (policy - reference).detach()
-    metrics = {
-        "dpo_loss": dpo_loss.detach(),
-        "accuracy": (rewards[:, 0] > rewards[:, 1]).float(),
-        "chosen_reward": rewards[:, 0],
-        "rejected_reward": rewards[:, 1],
-        "reward_margin": rewards[:, 0] - rewards[:, 1],
-        "base_margin": base_margins.detach(),
-        "chosen_logps": policy[:, 0].detach(),
-        "rejected_logps": policy[:, 1].detach(),
-    }
+    loss = dpo_loss = DPO_LOSSES[loss_type](margins(policy) - margins(reference), beta)
     if teacher is not None:
-        pref_margins = teacher[:, 0] - teacher[:, 1]
-        aligned_loss = preference_consistency_loss(base_margins, pref_margins)
-        loss = dpo_loss + alpha * aligned_loss
-        metrics |= {
-            "aligned_loss": aligned_loss.detach(),
-            "pref_advantage": (pref_margins - base_margins).detach(),
-            "pref_margin": pref_margins,
-            "active_fraction": (aligned_loss > 0).float(),
-            "pref_chosen_logps": teacher[:, 0],
-            "pref_rejected_logps": teacher[:, 1],
-        }
-    return {"loss": loss, **metrics}
+        loss = dpo_loss + alpha * preference_consistency_loss(margins(policy), margins(teacher))
+    metrics = reward_metrics(policy, reference, beta) | condition_metrics(policy, teacher)
+    return {"loss": loss, "dpo_loss": dpo_loss.detach(), **metrics}
+
+
+def ptuning_loss(
+    prefixed: torch.Tensor, reference: torch.Tensor, beta: float, loss_type: str
+) -> dict[str, torch.Tensor]:
+    """P-tuning, −log σ(β (Δ_pref − Δ_ref)): DPO (arXiv 2305.18290, eq. 7) whose policy is the model with its prefix.
+
+    Args:
+        prefixed: log π(y|p, x), (P, 2) chosen and rejected, with the soft prompt p that is trained.
+        reference: log π(y|x), (P, 2): the same frozen model without the prefix, and so the plain policy too.
+        beta: weight of the implicit reward.
+        loss_type: a name in `DPO_LOSSES`.
+
+    Returns:
+        Metric name → (P,). Only `loss` carries a gradient; `aligned_loss` is what there is to distil afterwards.
+    """
+    loss = DPO_LOSSES[loss_type](margins(prefixed) - margins(reference), beta)
+    metrics = reward_metrics(prefixed, reference, beta) | condition_metrics(reference, prefixed)
+    return {"loss": loss, "dpo_loss": loss.detach(), **metrics}
 
 
 # ======================================================================================================================
@@ -1289,7 +1576,7 @@ def training_arguments(args: ScriptArguments, on_gpu: bool) -> TrainingArguments
         gradient_accumulation_steps=args.forwards_per_update,
         activation_checkpointing=args.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        learning_rate=args.learning_rate,
+        learning_rate=args.peak_learning_rate,
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_ratio,  # below 1 it is a share of the updates
         weight_decay=args.weight_decay,
@@ -1324,8 +1611,9 @@ class PreferenceGuidedDPOTrainer(Trainer):
         args: the stock arguments, from `training_arguments`.
         settings: this project's arguments.
         train_dataset, eval_dataset: tokenised pairs.
-        base_logps: log-probabilities (P, 2) of the first training pairs by the base model, taken before the adapter
-            was added; the self-check compares the reference with them.
+        base_logps: log-probabilities (P, 2) of the first training pairs by the base model, plain ("base") and with the
+            prefix ("pref"), taken before anything was added to it; the self-checks compare with them.
+        soft_prompt: what stands for the ids below 0; None in text mode.
     """
 
     def __init__(
@@ -1336,9 +1624,10 @@ class PreferenceGuidedDPOTrainer(Trainer):
         train_dataset: PairDataset,
         eval_dataset: PairDataset,
         tokenizer: PreTrainedTokenizerBase,
-        base_logps: torch.Tensor,
+        base_logps: Mapping[str, torch.Tensor],
+        soft_prompt: nn.Embedding | None,
     ):
-        self.settings, self.base_logps = settings, base_logps.to(args.device)
+        self.settings, self.base_logps, self.soft_prompt = settings, base_logps, soft_prompt
         self.train_metrics, self.step_seconds = MetricSums(), 0.0
         super().__init__(
             model=model,
@@ -1384,6 +1673,9 @@ class PreferenceGuidedDPOTrainer(Trainer):
     def score(self, model: nn.Module, batch: Mapping[str, Any], guided: bool) -> dict[str, torch.Tensor]:
         """The loss and its metrics, each (P,), of a batch on the device."""
         settings = self.settings
+        if settings.trains_prefix:
+            prefixed = policy_logps(model, batch["pref"])
+            return ptuning_loss(prefixed, batch["ref_logps"], settings.beta, settings.loss_type)
         teacher = teacher_logps(self.model, batch["pref"]) if guided else None
         policy = policy_logps(model, batch["base"])
         return preference_guided_loss(
@@ -1392,8 +1684,9 @@ class PreferenceGuidedDPOTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This forward's share of the update's mean loss; DeepSpeed averages over ranks, which `world_size` undoes."""
-        metrics = self.score(model, inputs, self.settings.guided)
-        tokens = inputs["base"].input_ids.numel() + self.settings.guided * inputs["pref"].input_ids.numel()
+        conditions = self.settings.conditions
+        metrics = self.score(model, inputs, guided="pref" in conditions)
+        tokens = sum(inputs[condition].input_ids.numel() for condition in conditions)
         self.train_metrics.add(metrics, inputs["weights"], tokens)
         loss = metrics["loss"] @ inputs["weights"] * (self.args.world_size / num_items_in_batch)
         return (loss, metrics) if return_outputs else loss
@@ -1440,6 +1733,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
 # 12 · Around the updates — reference pass, self-checks before and after the first update, sample answers.
 # ======================================================================================================================
 
+COMPARED_PAIRS = 2
 SAMPLE_PROMPTS = 3
 SAMPLE_TOKENS = 64
 
@@ -1475,35 +1769,51 @@ def require_close(name: str, values: torch.Tensor, other_name: str, others: torc
         raise SelfCheckError(f"the log-probabilities of {name} and of {other_name} differ by up to {worst:.4g} nats")
 
 
-def check_packed_forward(model: PreTrainedModel, pairs: Sequence[TokenizedPair], packed: torch.Tensor) -> None:
+def check_packed_forward(
+    model: PreTrainedModel,
+    pairs: Sequence[TokenizedPair],
+    packed: Mapping[str, torch.Tensor],
+    soft_prompt: nn.Embedding | None = None,
+) -> None:
     """Compares packed log-probabilities (P, 2) with the model's own forward passes over ordinary sequences.
+
+    Args:
+        packed: those of the pairs in each condition, "base" and "pref".
 
     Raises:
         SelfCheckError: they differ: the architecture does something that packed trees do not support.
     """
-    own = [
-        torch.stack([unpacked_logps(model, pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)])
-        for pair in pairs
-    ]
     name = f"{type(model).__name__}'s own forward pass"
-    require_close("packed pairs", packed, name, torch.stack(own), rounding(model.dtype, pairs))
+    for condition, logps in packed.items():
+        own = [
+            unpacked_logps(model, pair.prompt(condition), ids, soft_prompt)
+            for pair in pairs
+            for ids in (pair.chosen_ids, pair.rejected_ids)
+        ]
+        require_close(
+            f"packed pairs ({condition})", logps, name, torch.stack(own).view(-1, 2), rounding(model.dtype, pairs)
+        )
 
 
 def check_before_training(trainer: PreferenceGuidedDPOTrainer) -> None:
-    """The reference must be the base model and, before the first update, the policy the reference.
+    """The reference must be the base model and, before the first update, the policy too, with and without the prefix.
 
     Raises:
         SelfCheckError: saying which of them does not hold, with the numbers.
     """
-    model, dataset = trainer.model, trainer.train_dataset
+    model, dataset, base_logps = trainer.model, trainer.train_dataset, trainer.base_logps
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SelfCheckError("no parameter is trainable: the adapter was added without any")
-    batch = trainer._prepare_inputs(first_batch(dataset, len(trainer.base_logps)))
+    batch = trainer._prepare_inputs(first_batch(dataset, len(base_logps["base"])))
     reference = reference_logps(model, batch["base"])
-    require_close("the reference (adapter off)", reference, "the base model", trainer.base_logps, nats=1e-2)
+    require_close("the reference (adapter off)", reference, "the base model", base_logps["base"], nats=1e-2)
     again = rounding(model.get_base_model().dtype, dataset.pairs)
     require_close("the reference pass", batch["ref_logps"], "the reference scored again", reference, again)
     if trainer.state.global_step > 0:
+        return
+    prefixed = teacher_logps(model, batch["pref"])
+    require_close("the policy with the prefix", prefixed, "the base model with it", base_logps["pref"], again)
+    if trainer.settings.trains_prefix:
         return
     with frozen(model):
         metrics = trainer.score(model, batch | {"ref_logps": reference}, guided=False)
@@ -1516,23 +1826,25 @@ def check_before_training(trainer: PreferenceGuidedDPOTrainer) -> None:
         )
 
 
-def sample_answers(trainer: PreferenceGuidedDPOTrainer) -> list[str]:
-    """Greedy answers to the first test prompts."""
-    tokenizer, device = trainer.processing_class, trainer.args.device
-    prompts = [pair.prompt_ids for pair in trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
+def sample_answers(trainer: PreferenceGuidedDPOTrainer, condition: str, soft_prompt: nn.Embedding | None) -> list[str]:
+    """Greedy answers to the first test prompts in a condition, "base" or "pref"."""
+    tokenizer, device, causal_lm = trainer.processing_class, trainer.args.device, trainer.model.get_base_model()
+    prompts = [pair.prompt(condition) for pair in trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width = max(map(len, prompts))
     input_ids = torch.tensor([[filler] * (width - len(ids)) + ids for ids in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    with frozen(trainer.model), text_attention(trainer.model.get_base_model()):
-        answers = trainer.model.generate(
-            input_ids=input_ids,
+    with frozen(trainer.model), text_attention(causal_lm):
+        inputs = model_inputs(causal_lm, input_ids, soft_prompt)
+        answers = causal_lm.generate(
+            **inputs,
             attention_mask=mask,
             max_new_tokens=SAMPLE_TOKENS,
             do_sample=False,
             pad_token_id=filler,
         )
-    return tokenizer.batch_decode(answers[:, width:], skip_special_tokens=True)
+    start = width if "input_ids" in inputs else 0  # without ids `generate` returns the new ones only
+    return tokenizer.batch_decode(answers[:, start:], skip_special_tokens=True)
 
 
 def table_cell(text: str) -> str:
@@ -1551,6 +1863,10 @@ class RunCallback(TrainerCallback):
 
     def __init__(self, trainer: PreferenceGuidedDPOTrainer):
         self.trainer = trainer
+        self.prompt_at_start = copy.deepcopy(trainer.soft_prompt)  # a checkpoint may put another in its place
+
+    def answers(self, soft_prompt: nn.Embedding | None) -> list[list[str]]:
+        return [sample_answers(self.trainer, condition, soft_prompt) for condition in ("base", "pref")]
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
@@ -1563,7 +1879,7 @@ class RunCallback(TrainerCallback):
             self.parameters_at_start = {name: p.detach().clone() for name, p in named if p.requires_grad}
         if state.is_world_process_zero:
             with trainer.model.disable_adapter():
-                self.answers_before = sample_answers(trainer)
+                self.answers_before = self.answers(self.prompt_at_start)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_start = time.perf_counter()
@@ -1580,12 +1896,13 @@ class RunCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             prompts = [pair.source.prompt for pair in self.trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
-            rows = zip(prompts, self.answers_before, sample_answers(self.trainer), strict=True)
-            self.trainer.log({SAMPLES_TAG: table(("prompt", "before", "after"), rows)})
+            answers = (*self.answers_before, *self.answers(self.trainer.soft_prompt))
+            header = [f"{time}{prefix}" for time in ("before", "after") for prefix in ("", ", with the prefix")]
+            self.trainer.log({SAMPLES_TAG: table(("prompt", *header), zip(prompts, *answers, strict=True))})
 
 
 # ======================================================================================================================
-# 13 · Saving — adapter, merged weights, model card; what was written is opened again and compared.
+# 13 · Saving — adapter, merged weights, soft prompt, model card; what was written is opened again and compared.
 # ======================================================================================================================
 
 
@@ -1606,12 +1923,23 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 def verify_adapter(model: PeftModel, folder: Path) -> None:
     """Raises SelfCheckError unless the adapter's files in `folder` hold what the model holds."""
     state = get_peft_model_state_dict(model)
-    binary, tensors = folder / "adapter_model.bin", folder / "adapter_model.safetensors"
-    require_equal(state, torch.load(binary, weights_only=True), binary)
+    tensors, binary = (folder / name for name in ADAPTER_FILES)
     require_equal(state, load_file(tensors), tensors)
-    saved, used = LoraConfig.from_pretrained(folder), model.peft_config["default"]
-    if (saved.r, saved.lora_alpha, saved.target_modules) != (used.r, used.lora_alpha, used.target_modules):
-        raise SelfCheckError(f"{folder / 'adapter_config.json'} differs from the adapter that was trained")
+    require_equal(state, torch.load(binary, weights_only=True), binary)
+    saved, used = (config.to_dict() for config in (PeftConfig.from_pretrained(folder), model.peft_config["default"]))
+    if any(saved[name] != used[name] for name in saved.keys() - {"inference_mode"}):
+        raise SelfCheckError(f"{folder / ADAPTER_CONFIG} differs from the adapter that was trained")
+
+
+def save_soft_prompt(soft_prompt: nn.Embedding, folder: Path) -> None:
+    """`prompt_embeddings.pt`, (K, H) in fp32, which embedding mode reads.
+
+    Raises:
+        SelfCheckError: what embedding mode would read is not the soft prompt in memory.
+    """
+    path, embeddings = folder / SOFT_PROMPT, soft_prompt.weight.detach().float().cpu()
+    torch.save({"prompt_embeddings": embeddings}, path)
+    require_equal({SOFT_PROMPT: embeddings}, {SOFT_PROMPT: read_soft_prompt(str(path), embeddings.shape[1])}, path)
 
 
 def save_merged(merged: PreTrainedModel, folder: Path) -> None:
@@ -1630,11 +1958,11 @@ def link_merged(folder: Path) -> None:
     transformers takes a folder that also holds an adapter for a base model with its adapter, and would apply the
     adapter a second time to the merged weights.
     """
-    links = folder / MERGED_FOLDER
+    links, ours = folder / MERGED_FOLDER, (MODEL_CARD, SOFT_PROMPT)
     shutil.rmtree(links, ignore_errors=True)  # of an interrupted save
     links.mkdir()
     for file in folder.iterdir():
-        if file.is_file() and not file.name.startswith(("adapter_", "train", "run_")) and file.name != MODEL_CARD:
+        if file.is_file() and not file.name.startswith(("adapter_", "train", "run_")) and file.name not in ours:
             (links / file.name).symlink_to(Path("..") / file.name)
 
 
@@ -1649,30 +1977,40 @@ def require_equal(expected: Mapping[str, torch.Tensor], saved: Mapping[str, torc
 def save_run(trainer: PreferenceGuidedDPOTrainer, folder: Path, reports: Mapping[str, DataReport]) -> None:
     """Writes everything that a finished run leaves behind (rank 0), and proves it by reading it back.
 
-    Merging changes the model in place: this is the last thing done with it.
+    Raises:
+        SelfCheckError: a file differs from the model, or the merged weights score otherwise than the policy.
+    """
+    base_path = trainer.model.get_base_model().config._name_or_path
+    save_adapter(trainer.model, folder)
+    if trainer.soft_prompt is not None:
+        save_soft_prompt(trainer.soft_prompt, folder)
+    trainer.processing_class.save_pretrained(folder)
+    used, saved = trainer.processing_class, AutoTokenizer.from_pretrained(folder)
+    if (used.backend_tokenizer.to_str(), used.chat_template) != (saved.backend_tokenizer.to_str(), saved.chat_template):
+        raise SelfCheckError(f"the tokenizer saved in {folder} differs from the one used in training")
+    torch.save(trainer.args, folder / "training_args.bin")
+    trainer.state.save_to_json(str(folder / TRAINER_STATE))
+    if not trainer.settings.trains_prefix:
+        merge_policy(trainer, folder)
+    (folder / MODEL_CARD).write_text(model_card(trainer, base_path, reports), encoding="utf-8")
+
+
+def merge_policy(trainer: PreferenceGuidedDPOTrainer, folder: Path) -> None:
+    """Merges the adapter into the model, in place, and writes it: the last thing done with the model.
 
     Raises:
         SelfCheckError: a file differs from the model, or the merged weights score otherwise than the policy.
     """
-    model, batch = trainer.model, trainer._prepare_inputs(first_batch(trainer.eval_dataset, len(trainer.base_logps)))
+    model, size = trainer.model, len(trainer.base_logps["base"])
+    batch = trainer._prepare_inputs(first_batch(trainer.eval_dataset, size))
     policy = teacher_logps(model, batch["base"])
-    save_adapter(model, folder)
-    trainer.processing_class.save_pretrained(folder)
-    torch.save(trainer.args, folder / "training_args.bin")
-    trainer.state.save_to_json(str(folder / TRAINER_STATE))
-    base_path = model.get_base_model().config._name_or_path
-
     merged = model.merge_and_unload()
     save_merged(merged, folder)
     require_equal(merged.state_dict(), torch.load(folder / MERGED_WEIGHTS, weights_only=True, mmap=True), folder)
     scored = teacher_logps(merged, batch["base"])
     nats = rounding(merged.dtype, trainer.eval_dataset.pairs)
     require_close("the merged weights", scored, "the policy with its adapter", policy, nats)
-    used, saved = trainer.processing_class, AutoTokenizer.from_pretrained(folder)
-    if (used.backend_tokenizer.to_str(), used.chat_template) != (saved.backend_tokenizer.to_str(), saved.chat_template):
-        raise SelfCheckError(f"the tokenizer saved in {folder} differs from the one used in training")
     link_merged(folder)
-    (folder / MODEL_CARD).write_text(model_card(trainer, base_path, reports), encoding="utf-8")
 
 
 def first_and_last_evaluation(trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
@@ -1681,21 +2019,40 @@ def first_and_last_evaluation(trainer: Trainer) -> tuple[dict[str, float], dict[
     return logged[0], logged[-1]
 
 
+# what was trained → (what the folder holds, what to know about using it)
+CARD_WORDS = {
+    "lora": (
+        f"A LoRA adapter, trained with preference-guided DPO, and the same merged into `{MERGED_WEIGHTS}`. Neither\n"
+        "needs a prefix in front of the prompt.",
+        f"The merged model alone loads from the folder `{MERGED_FOLDER}`. Do not point\n"
+        "`AutoModelForCausalLM.from_pretrained` at this folder itself: transformers would apply the adapter a second\n"
+        "time to the merged weights.",
+    ),
+    "prompt-tuning": (
+        "A soft prompt, trained by P-tuning; the base model itself is unchanged.",
+        f"PEFT puts the soft prompt before the first token. `{SOFT_PROMPT}` holds the same embeddings for embedding\n"
+        "mode, which distils them into the weights.",
+    ),
+}
+
+
 def model_card(trainer: PreferenceGuidedDPOTrainer, base_path: str, reports: Mapping[str, DataReport]) -> str:
     """The output folder's README.md: data, settings, metrics and how to use the model."""
     first, last = first_and_last_evaluation(trainer)
     data = ((split, r.path, r.usable, r.describe_dropped()) for split, r in reports.items())
     metrics = ((tags[1], f"{first[tags[1]]:.4f}", f"{last[tags[1]]:.4f}") for tags in TAGS.values())
     settings = dataclasses.asdict(trainer.settings).items()
+    method = "prompt-tuning" if trainer.settings.trains_prefix else "lora"
+    what, how = CARD_WORDS[method]
     return f"""---
 base_model: {json.dumps(base_path)}
 library_name: peft
-tags: [dpo, lora]
+tags: [dpo, {method}]
 ---
 
 # Preference-guided DPO
 
-A LoRA adapter on `{base_path}`, trained with preference-guided DPO, and the same merged into `{MERGED_WEIGHTS}`.
+{what} Base model: `{base_path}`.
 
 ## Use
 
@@ -1708,8 +2065,7 @@ tokenizer = AutoTokenizer.from_pretrained({base_path!r})
 model = PeftModel.from_pretrained(base_model, {trainer.args.output_dir!r})
 ```
 
-The merged model alone loads from the folder `{MERGED_FOLDER}`. Do not point `AutoModelForCausalLM.from_pretrained`
-at this folder itself: transformers would apply the adapter a second time to the merged weights.
+{how}
 
 ## Data
 
@@ -1826,6 +2182,9 @@ def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]
     digests = {
         f"{split} data": hashlib.sha256(path.read_bytes()).hexdigest() for split, path in args.dataset_paths.items()
     }
+    if args.prompt_embedding_path:
+        embeddings = read_soft_prompt(args.prompt_embedding_path)
+        digests["soft prompt"] = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()
     return settings | {"ranks": devices.ranks} | digests
 
 
@@ -1877,7 +2236,8 @@ def output_problems(args: ScriptArguments) -> list[str]:
         return [f"{where}: holds an unfinished run; set RESUME=true to continue it or OVERWRITE=true to replace it"]
     if state == "nothing" or args.resume:
         return []
-    inputs = [Path.cwd(), PROJECT_DIR, Path(args.policy_model_path).expanduser(), *args.dataset_paths.values()]
+    named = [Path(path).expanduser() for path in (args.policy_model_path, args.prompt_embedding_path)]
+    inputs = [Path.cwd(), PROJECT_DIR, *named, *args.dataset_paths.values()]
     inside = [path for path in inputs if path.resolve().is_relative_to(folder.resolve())]
     return [f"{where}: the run in it must make way, but {path} lies in it; name another folder" for path in inside]
 
@@ -1951,6 +2311,9 @@ def check_inputs(args: ScriptArguments) -> tuple[Devices, dict[str, list[Pair]],
         read, failed = problems_of(read_pairs, path)
         problems += failed
         pairs[split], reports[split] = read or (None, None)
+    if args.prompt_embedding_path:
+        hidden_size = local_embedding_size(args.policy_model_path)
+        problems += problems_of(read_soft_prompt, args.prompt_embedding_path, hidden_size)[1]
     if args.resume and not problems:
         problems += resume_problems(args, devices)
     if problems:
@@ -1962,17 +2325,19 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
     """What the run will do, for a person to read before it starts."""
     pairs_per_update = devices.ranks * args.gradient_accum_steps
     updates = math.ceil(args.num_epochs * math.ceil(reports["train"].usable / pairs_per_update))
+    trained = "the soft prompt, the model is frozen" if args.trains_prefix else f"LoRA, r {args.lora_r}"
     data = {split: f"{r.path}, {r.usable} pairs (dropped: {r.describe_dropped()})" for split, r in reports.items()}
     lines = {
-        "mode": args.training_mode + ("" if args.guided else ", but ALPHA is 0: plain DPO"),
-        "preference": args.preference_text or "(empty: the prefixed prompt is the plain one)",
+        "mode": args.training_mode + ("" if "pref" in args.conditions else ", but ALPHA is 0: plain DPO"),
+        "preference": describe_prefix(args),
         "model": args.policy_model_path
         or f"SmolLM2-135M-Instruct, bundled, dequantised from Q4_1: {BUNDLED_MODEL_DIR}",
         "training data": data["train"],
         "test data": data["test"],
         "pairs per update": f"{devices.ranks} × {args.gradient_accum_steps}, {args.pairs_per_forward} in a forward",
         "updates": f"{updates} ({args.num_epochs:g} epoch(s))",
-        "loss": f"β {args.beta:g}, α {args.alpha:g}, learning rate {args.learning_rate:g}, LoRA r {args.lora_r}",
+        "loss": f"β {args.beta:g}" + ("" if args.trains_prefix else f", α {args.alpha:g}"),
+        "trained": f"{trained}, learning rate {args.peak_learning_rate:g}",
         "devices": f"{devices}, {str(precision_dtype(args.precision, devices.on_gpu)).removeprefix('torch.')}",
         "output": describe_output(args),
         "TensorBoard": args.log_dir,
@@ -1981,7 +2346,20 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
         most = int(reports["train"].usable * args.num_epochs / (10 * devices.ranks))
         lower = f"lower GRADIENT_ACCUM_STEPS to {most} or " if most else ""
         lines["notice"] = f"only {updates} updates: {lower}raise NUM_EPOCHS for ten"
+    idle = [name for name in NOT_USED[args.training_mode] if getattr(args, name) != getattr(ScriptArguments, name)]
+    if idle:
+        lines["not used"] = f"{', '.join(map(str.upper, idle))} (no part in {args.training_mode} mode)"
     return "\n".join(f"  {name:<17} {text}" for name, text in lines.items())
+
+
+def describe_prefix(args: ScriptArguments) -> str:
+    """What guides, in the plan."""
+    if args.training_mode == "text":
+        return args.preference_text or "(empty: the prefixed prompt is the plain one)"
+    if args.training_mode == "embedding":
+        return f"{len(read_soft_prompt(args.prompt_embedding_path))} soft embeddings from {args.prompt_embedding_path}"
+    start = repr(args.preference_text) if args.prompt_init == "text" else "random tokens"
+    return f"{args.num_virtual_tokens} soft embeddings, to be trained; they start from {start}"
 
 
 def describe_output(args: ScriptArguments) -> str:
@@ -2090,20 +2468,23 @@ def train(
     with hf_args.main_process_first():
         model_path = resolve_model_path(args.policy_model_path)
     config, tokenizer = load_config_and_tokenizer(model_path)
-    tokenize = PairTokenizer(tokenizer, TextPrefix(args.preference_text), args.max_length, args.max_prompt_length)
+    embeddings = None
+    if args.training_mode == "embedding":
+        embeddings = read_soft_prompt(args.prompt_embedding_path, embedding_size(config))
+    tokenize = PairTokenizer(tokenizer, prefix_of(args, embeddings), args.max_length, args.max_prompt_length)
     datasets = {split: PairDataset(tokenize_pairs(pairs[split], reports[split], tokenize)) for split in pairs}
-    problems = context_problems(config, tokenize, [pair for dataset in datasets.values() for pair in dataset.pairs])
+    problems = context_problems(config, args, [pair for dataset in datasets.values() for pair in dataset.pairs])
     if problems:
         raise InputError(*problems)
     if is_main:
         print_data_report(reports, datasets, tokenizer)
-    model, base_logps = build_policy(args, hf_args, model_path, datasets["train"])
+    built = build_policy(args, hf_args, model_path, tokenizer, embeddings, datasets["train"])
     if is_main:
         locks = [lock_folder("output_dir", args.output_path), lock_folder("log_dir", args.log_path)]
         earlier = None if args.resume else make_way(args)
         record_settings(args, devices)
     trainer = PreferenceGuidedDPOTrainer(
-        model, hf_args, args, datasets["train"], datasets["test"], tokenizer, base_logps
+        built.model, hf_args, args, datasets["train"], datasets["test"], tokenizer, built.base_logps, built.soft_prompt
     )
     trainer.add_callback(RunCallback(trainer))
     trainer.add_callback(TagCallback(args.log_path, hyperparameters(args)))
@@ -2121,29 +2502,55 @@ def train(
     trainer.end()
 
 
+def prefix_of(args: ScriptArguments, embeddings: torch.Tensor | None) -> Prefix:
+    """What guides: the text, the soft prompt (K, H) that was read, or the one that will be trained."""
+    if args.training_mode == "text":
+        return Prefix(args.preference_text)
+    return Prefix(num_virtual_tokens=args.num_virtual_tokens if embeddings is None else len(embeddings))
+
+
+class BuiltPolicy(NamedTuple):
+    """What is trained, and what its self-checks need."""
+
+    model: PeftModel
+    soft_prompt: nn.Embedding | None
+    base_logps: dict[str, torch.Tensor]  # (P, 2) of the first training pairs, "base" and "pref", before training
+
+
 def build_policy(
-    args: ScriptArguments, hf_args: TrainingArguments, model_path: str, dataset: PairDataset
-) -> tuple[PeftModel, torch.Tensor]:
-    """The policy, and the base model's log-probabilities of the first training pairs, checked against its own forward.
+    args: ScriptArguments,
+    hf_args: TrainingArguments,
+    model_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    embeddings: torch.Tensor | None,
+    dataset: PairDataset,
+) -> BuiltPolicy:
+    """The policy and the base model's log-probabilities of the first training pairs, checked against its own forward.
 
     Raises:
         SelfCheckError: the packed forward does not give what the model's own forward gives.
     """
     transformers.set_seed(args.seed)
     model = load_base_model(model_path, precision_dtype(args.precision, not hf_args.use_cpu)).to(hf_args.device)
-    enable_packed_forward(model)
-    row = first_batch(dataset, args.pairs_per_forward)["base"].to(hf_args.device)
-    base_logps = teacher_logps(model, row)
-    compared = base_logps[:3]
-    check_packed_forward(model, dataset.pairs[: len(compared)], compared)
-    return add_adapter(model, args), base_logps
+    soft_prompt = None if embeddings is None else nn.Embedding.from_pretrained(embeddings).to(hf_args.device)
+    if args.trains_prefix:
+        soft_prompt = initial_soft_prompt(model, tokenizer, args)
+    enable_packed_forward(model, soft_prompt)
+    batch = first_batch(dataset, args.pairs_per_forward)
+    base_logps = {
+        condition: teacher_logps(model, batch[condition].to(hf_args.device)) for condition in ("base", "pref")
+    }
+    compared = {condition: logps[:COMPARED_PAIRS] for condition, logps in base_logps.items()}
+    check_packed_forward(model, dataset.pairs[: len(compared["base"])], compared, soft_prompt)
+    policy = add_soft_prompt(model, soft_prompt) if args.trains_prefix else add_adapter(model, args)
+    return BuiltPolicy(policy, soft_prompt, base_logps)
 
 
 def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
     """What TensorBoard's HParams tab compares."""
     undecided = {name for name, (accepted, _) in ONLY.items() if len(accepted) == 1}
     elsewhere = {"plan", "output_dir", "log_dir", "resume", "overwrite", "eval_steps"}
-    left_out = undecided | elsewhere | {"gpu_nodes", "cpu_ranks", "ds_config"}
+    left_out = undecided | elsewhere | {"gpu_nodes", "cpu_ranks", "ds_config", *NOT_USED[args.training_mode]}
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
 
 
@@ -2168,7 +2575,10 @@ def print_result(trainer: PreferenceGuidedDPOTrainer) -> None:
     for name in ("loss", "accuracy", "reward_margin", "base_margin", "pref_advantage_ratio"):
         tag = TAGS[name][1]
         print(f"  {name:<20} {first[tag]:>8.4f} {last[tag]:>8.4f}")
-    print("what was saved was opened again and equals the trained model", flush=True)
+    if trainer.settings.trains_prefix:
+        path = Path(trainer.args.output_dir) / SOFT_PROMPT
+        print(f"next, with an OUTPUT_DIR of its own: TRAINING_MODE=embedding PROMPT_EMBEDDING_PATH={path}")
+    print("what was saved was opened again and equals what was trained", flush=True)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def pairs():
 
 @pytest.fixture
 def tokenize(tokenizer):
-    return T.PairTokenizer(tokenizer, T.TextPrefix(PREFERENCE), max_length=120, max_prompt_length=80)
+    return T.PairTokenizer(tokenizer, T.Prefix(PREFERENCE), max_length=120, max_prompt_length=80)
 
 
 @pytest.fixture

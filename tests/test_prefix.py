@@ -9,7 +9,7 @@ import train_with_preference_prompt as T
 USER = {"role": "user", "content": "Is the earth flat?"}
 ASSISTANT = {"role": "assistant", "content": "No."}
 MORE = {"role": "user", "content": "Sure?"}
-PREFIX = T.TextPrefix("Answer plainly.")
+PREFIX = T.Prefix("Answer plainly.")
 
 CASES = {
     "system message": (
@@ -32,8 +32,8 @@ CASES = {
         [USER, ASSISTANT, MORE],
         [{"role": "user", "content": "Answer plainly.\n\nIs the earth flat?"}, ASSISTANT, MORE],
     ),
-    "empty, system message": (T.TextPrefix("").as_system_message, [USER], [USER]),
-    "empty, in the first message": (T.TextPrefix("").before_first_message, [USER, ASSISTANT], [USER, ASSISTANT]),
+    "empty, system message": (T.Prefix("").as_system_message, [USER], [USER]),
+    "empty, in the first message": (T.Prefix("").before_first_message, [USER, ASSISTANT], [USER, ASSISTANT]),
 }
 
 
@@ -56,7 +56,7 @@ def test_messages(name):
     ],
 )
 def test_before_prompt(text, prompt, expected):
-    assert T.TextPrefix(text).before_prompt(prompt) == expected
+    assert T.Prefix(text).before_prompt(prompt) == expected
 
 
 def test_further_fields_of_a_message_are_kept():

@@ -87,7 +87,7 @@ def pair(prompt="Two plus two?", chosen="Four.", rejected="Five, I think.", row=
 def run(tokenizer, one, text=PREFERENCE, max_length=500, max_prompt_length=400):
     """The tokenised pair and the report."""
     report = T.DataReport(Path("memory"), rows=1)
-    return T.PairTokenizer(tokenizer, T.TextPrefix(text), max_length, max_prompt_length)(one, report), report
+    return T.PairTokenizer(tokenizer, T.Prefix(text), max_length, max_prompt_length)(one, report), report
 
 
 # --- prompts
@@ -372,7 +372,7 @@ def test_no_answer_is_ever_empty(tokenizer, pairs, max_prompt_length, max_length
     ],
 )
 def test_special_tokens_spelt_out_in_an_answer_stay_text(tokenizer, answer):
-    tokenize = T.PairTokenizer(tokenizer, T.TextPrefix(PREFERENCE), 200, 100)
+    tokenize = T.PairTokenizer(tokenizer, T.Prefix(PREFERENCE), 200, 100)
     report = T.DataReport(Path("memory"))
     for _ in range(2):  # the setting is the backend's: it must not leak from answers into prompts, nor back
         done = tokenize(pair(chosen=answer), report)
@@ -459,13 +459,13 @@ def test_pairs_of_a_file(tokenizer, pairs, tokenize):
 
 def test_a_slow_tokenizer_is_an_error():
     with pytest.raises(T.InputError, match="ByT5Tokenizer.*fast"):
-        T.PairTokenizer(ByT5Tokenizer(), T.TextPrefix(PREFERENCE), 200, 100)
+        T.PairTokenizer(ByT5Tokenizer(), T.Prefix(PREFERENCE), 200, 100)
 
 
 @pytest.mark.parametrize("template", [CHATML, None])
 def test_a_tokenizer_without_an_end_token_is_an_error(tokenizer, template):
     with pytest.raises(T.InputError, match="no end-of-sequence token"):
-        T.PairTokenizer(variant(tokenizer, template, eos=None), T.TextPrefix(PREFERENCE), 200, 100)
+        T.PairTokenizer(variant(tokenizer, template, eos=None), T.Prefix(PREFERENCE), 200, 100)
 
 
 # --- what is shown

@@ -41,7 +41,7 @@ def adapter(cwd):
 def plain_loop(tiny_run, tokenizer):
     """Guided DPO as anyone would write it: padded batches, whole updates, torch's AdamW, gradients clipped to 1."""
     rows = [json.loads(line) for line in open(tiny_run["TRAIN_DATASET_PATH"], encoding="utf-8")]
-    tokenize = T.PairTokenizer(tokenizer, T.TextPrefix(PREFERENCE), 300, 128)
+    tokenize = T.PairTokenizer(tokenizer, T.Prefix(PREFERENCE), 300, 128)
     report = T.DataReport("memory")
     pairs = [tokenize(T.Pair(**row, row=0), report) for row in rows]
     transformers.set_seed(42)
