@@ -5,11 +5,11 @@
 set -euo pipefail
 
 # ---- what to train ----------------------------------------------------------------------------------------------
-TRAINING_MODE="${TRAINING_MODE:-text}"                  # text: an instruction guides · embedding: a soft prompt guides · ptuning: trains a soft prompt
+TRAINING_MODE="${TRAINING_MODE:-text}"                  # text · embedding: a soft prompt guides · ptuning: trains one
 DEFAULT_PREFERENCE="Be helpful, honest and harmless: answer in one or two plain sentences with concrete facts or steps."
-PREFERENCE_TEXT="${PREFERENCE_TEXT-$DEFAULT_PREFERENCE}"  # the preference in words; ptuning starts from it
-PROMPT_EMBEDDING_PATH="${PROMPT_EMBEDDING_PATH:-}"      # embedding: .pt, .safetensors or PEFT folder, as ptuning writes them
-NUM_VIRTUAL_TOKENS="${NUM_VIRTUAL_TOKENS:-10}"          # ptuning: embeddings of the soft prompt
+PREFERENCE_TEXT="${PREFERENCE_TEXT-$DEFAULT_PREFERENCE}"  # in words: guides text mode, starts ptuning
+PROMPT_EMBEDDING_PATH="${PROMPT_EMBEDDING_PATH:-}"      # embedding: .pt, .safetensors or a PEFT folder
+NUM_VIRTUAL_TOKENS="${NUM_VIRTUAL_TOKENS:-10}"          # ptuning: how many embeddings
 
 # ---- devices ----------------------------------------------------------------------------------------------------
 GPU_NODES="${GPU_NODES:-auto}"                          # auto: all GPUs, else the CPU · localhost:0,1 · localhost:2,3
@@ -24,8 +24,8 @@ MAX_PROMPT_LENGTH="${MAX_PROMPT_LENGTH:-128}"           # tokens of the prompt, 
 # ---- loss and optimisation --------------------------------------------------------------------------------------
 BETA="${BETA:-0.05}"                                    # DPO's β
 ALPHA="${ALPHA:-0.1}"                                   # weight of the preference-consistency loss; 0: plain DPO
-LEARNING_RATE="${LEARNING_RATE:-5e-4}"                  # of LoRA (text and embedding mode)
-PTUNING_LEARNING_RATE="${PTUNING_LEARNING_RATE:-3e-2}"  # of the soft prompt (ptuning mode)
+LEARNING_RATE="${LEARNING_RATE:-5e-4}"                  # text, embedding: of the LoRA matrices
+PTUNING_LEARNING_RATE="${PTUNING_LEARNING_RATE:-3e-2}"  # ptuning: of the soft prompt
 NUM_EPOCHS="${NUM_EPOCHS:-1}"
 GRADIENT_ACCUM_STEPS="${GRADIENT_ACCUM_STEPS:-16}"      # pairs per update and GPU; real data: 512 on 4 × 24 GB, 256 on 8 × 80 GB
 PAIRS_PER_FORWARD="${PAIRS_PER_FORWARD:-4}"             # of them at a time; speed and memory only
@@ -50,7 +50,7 @@ CPU_RANKS="${CPU_RANKS:-1}"                             # processes that share t
 DS_CONFIG="${DS_CONFIG:-ds_config.json}"                # DeepSpeed configuration
 LOSS_TYPE="${LOSS_TYPE:-sigmoid}"
 LABEL_SMOOTHING="${LABEL_SMOOTHING:-0}"
-PROMPT_INIT="${PROMPT_INIT:-text}"                      # ptuning starts from PREFERENCE_TEXT's tokens (text) or from random ones
+PROMPT_INIT="${PROMPT_INIT:-text}"                      # ptuning starts from PREFERENCE_TEXT's tokens (text) or from random
 ZERO_STAGE="${ZERO_STAGE:-}"
 OFFLOAD="${OFFLOAD:-}"
 HOSTFILE="${HOSTFILE:-}"
@@ -65,8 +65,8 @@ PRESET="${PRESET:-}"
 GUIDANCE=(TRAINING_MODE PREFERENCE_TEXT PROMPT_EMBEDDING_PATH NUM_VIRTUAL_TOKENS PROMPT_INIT)
 MODEL=(POLICY_MODEL_PATH ADAPTER_PATH PRECISION LOAD_IN_4BIT LORA_R LORA_ALPHA LORA_DROPOUT LORA_TARGET_MODULES)
 DATA=(TRAIN_DATASET_PATH TEST_DATASET_PATH MAX_LENGTH MAX_PROMPT_LENGTH)
-OPTIMISATION=(BETA ALPHA LOSS_TYPE LABEL_SMOOTHING LEARNING_RATE PTUNING_LEARNING_RATE NUM_EPOCHS GRADIENT_ACCUM_STEPS PAIRS_PER_FORWARD
-  GRADIENT_CHECKPOINTING SEED PRESET)
+OPTIMISATION=(BETA ALPHA LOSS_TYPE LABEL_SMOOTHING LEARNING_RATE PTUNING_LEARNING_RATE NUM_EPOCHS GRADIENT_ACCUM_STEPS
+  PAIRS_PER_FORWARD GRADIENT_CHECKPOINTING SEED PRESET)
 RUN=(EVAL_STEPS OUTPUT_DIR LOG_DIR RESUME OVERWRITE)
 DEVICES=(GPU_NODES CPU_RANKS ZERO_STAGE OFFLOAD DS_CONFIG HOSTFILE NODE_RANK MASTER_ADDR)
 

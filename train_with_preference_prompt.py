@@ -562,7 +562,7 @@ def read_soft_prompt(path: str, hidden_size: int | None = None) -> torch.Tensor:
     try:
         found = open_tensors(soft_prompt_file(Path(path).expanduser()))
         return as_soft_prompt(pick_soft_prompt(found, hidden_size), hidden_size)
-    except ValueError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise InputError(f"{describe('prompt_embedding_path', path)}: {error}") from None
 
 
@@ -602,7 +602,7 @@ def open_tensors(file: Path) -> dict[str, Any]:
     except PermissionError:
         raise ValueError("the file cannot be read; check its permissions") from None
     except Exception as error:  # damaged and hostile bytes raise anything
-        wanted = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        wanted = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
         code = f": it asks to run {wanted[1]!r}, which is refused" if wanted else f" ({type(error).__name__})"
         raise ValueError(f"is not a file of tensors{code}; write one with torch.save or safetensors") from None
     if isinstance(found, torch.Tensor):
@@ -636,7 +636,9 @@ def describe_tensor(value: Any) -> str:
     """Type and shape, for an error."""
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    kind = "nested" if value.is_nested else "meta" if value.is_meta else str(value.layout)
+    shape = "" if value.is_nested else tuple(value.shape)
+    return f"{kind} {value.dtype} {shape}".replace("torch.", "").removeprefix("strided ")
 
 
 def expected_soft_prompt(hidden_size: int | None) -> str:
@@ -647,8 +649,8 @@ def soft_prompt_problem(value: Any, hidden_size: int | None) -> str | None:
     """Why a value has not the type or shape of a soft prompt."""
     if not isinstance(value, torch.Tensor):
         return f"holds {describe_tensor(value)}; {expected_soft_prompt(hidden_size)}"
-    usable = value.is_floating_point() and value.layout == torch.strided and not value.is_meta
-    if not usable or value.dim() not in (1, 2) or value.numel() == 0:
+    dense = value.layout == torch.strided and not value.is_meta and not value.is_nested
+    if not dense or not value.is_floating_point() or value.dim() not in (1, 2) or value.numel() == 0:
         return f"holds {describe_tensor(value)}; {expected_soft_prompt(hidden_size)}"
     if hidden_size not in (None, value.shape[-1]):
         return (
@@ -667,7 +669,8 @@ def as_soft_prompt(value: Any, hidden_size: int | None) -> torch.Tensor:
     problem = soft_prompt_problem(value, hidden_size)
     if problem:
         raise ValueError(problem)
-    embeddings = value.detach().to(torch.float32).reshape(-1, value.shape[-1]).clone()
+    embeddings = value.detach().to(torch.float32).reshape(-1, value.shape[-1])
+    embeddings = embeddings.clone(memory_format=torch.contiguous_format)
     broken = int((~embeddings.isfinite()).sum())
     if broken:
         raise ValueError(f"{broken} of its {embeddings.numel()} numbers are not finite in fp32; train it again")
@@ -1596,6 +1599,16 @@ def training_arguments(args: ScriptArguments, on_gpu: bool) -> TrainingArguments
     )
 
 
+def release_shared_memory(rank: int) -> None:
+    """Removes the name of DeepSpeed's communication buffer on the CPU, 69 MB of RAM that would outlive the process.
+
+    It is there once the process group is joined; after the barrier every rank has it open and needs no name.
+    """
+    torch.distributed.barrier()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
+
+
 def precision_dtype(precision: str, on_gpu: bool) -> torch.dtype:
     """The dtype that PRECISION means on this machine; fp32 on the CPU, where bf16 is several times slower."""
     if precision == "auto":
@@ -2236,9 +2249,9 @@ def output_problems(args: ScriptArguments) -> list[str]:
         return [f"{where}: holds an unfinished run; set RESUME=true to continue it or OVERWRITE=true to replace it"]
     if state == "nothing" or args.resume:
         return []
-    named = [Path(path).expanduser() for path in (args.policy_model_path, args.prompt_embedding_path)]
-    inputs = [Path.cwd(), PROJECT_DIR, *named, *args.dataset_paths.values()]
-    inside = [path for path in inputs if path.resolve().is_relative_to(folder.resolve())]
+    named = [path for path in (args.policy_model_path, args.prompt_embedding_path) if path]
+    inputs = [Path.cwd(), PROJECT_DIR, *map(os.path.expanduser, named), *args.dataset_paths.values()]
+    inside = [path for path in inputs if Path(path).resolve().is_relative_to(folder.resolve())]
     return [f"{where}: the run in it must make way, but {path} lies in it; name another folder" for path in inside]
 
 
@@ -2464,6 +2477,8 @@ def train(
 ) -> None:
     """Builds everything, trains and saves; one rank's share of it."""
     hf_args = training_arguments(args, devices.on_gpu)
+    if hf_args.use_cpu:
+        release_shared_memory(hf_args.process_index)
     is_main = hf_args.process_index == 0
     with hf_args.main_process_first():
         model_path = resolve_model_path(args.policy_model_path)

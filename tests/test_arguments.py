@@ -42,13 +42,16 @@ DEFAULTS = {
 }
 # design §3: variables whose default the design leaves open
 OPEN = """preference_text pairs_per_forward seed eval_steps loss_type label_smoothing prompt_init gradient_checkpointing
-precision zero_stage offload ds_config hostfile node_rank master_addr cpu_ranks load_in_4bit adapter_path preset"""
+precision zero_stage offload ds_config hostfile node_rank master_addr cpu_ranks load_in_4bit adapter_path preset
+ptuning_learning_rate"""
 
 # field → (values just inside, values just outside)
 BORDERS = {
     "beta": (("1e-9", "1e9"), ("0", "-0.1", "inf", "nan")),
     "alpha": (("0", "1e9"), ("-1e-9", "inf", "nan")),
     "learning_rate": (("1e-9", "0.999"), ("0", "1", "-5e-4", "nan")),
+    "ptuning_learning_rate": (("1e-9", "0.999"), ("0", "1", "-3e-2", "nan")),
+    "num_virtual_tokens": (("1", "4096"), ("0", "-1", "4097")),
     "warmup_ratio": (("0", "0.999"), ("-1e-9", "1", "nan")),
     "weight_decay": (("0", "1e9"), ("-1e-9", "inf", "nan")),
     "max_grad_norm": (("1e-9", "1e9"), ("0", "-1", "inf", "nan")),
@@ -69,12 +72,14 @@ BORDERS = {
     "lr_scheduler_type": (("linear", "cosine", "constant"), ("", "Linear", "triangular")),
 }
 
-# field → (every accepted value, some refused ones, a word of the remedy)
+# field → (every accepted value, some refused ones, words of the remedy)
 ONLY = {
-    "training_mode": (("text",), ("embedding", "ptuning", "Text", ""), "'text'"),
-    "prompt_embedding_path": (("",), ("soft.pt",), "''"),
-    "num_virtual_tokens": (("10",), ("9", "11", "0"), "10"),
-    "prompt_init": (("text",), ("random", ""), "'text'"),
+    "training_mode": (
+        ("text", "embedding", "ptuning"),
+        ("Text", "p-tuning", "embeddings", ""),
+        "'text' or 'embedding' or 'ptuning'",
+    ),
+    "prompt_init": (("text", "random"), ("Random", "zeros", ""), "'text' or 'random'"),
     "loss_type": (("sigmoid",), ("ipo", "hinge", ""), "'sigmoid'"),
     "label_smoothing": (("0", "0.0"), ("0.1", "nan"), "0.0"),
     "precision": (("auto", "bf16", "fp32"), ("fp16", "float32", ""), "'auto' or 'bf16' or 'fp32'"),
@@ -93,6 +98,7 @@ WRONG_TYPE = {
     "beta": "zero",
     "alpha": "0,1",
     "learning_rate": "5e-4x",
+    "ptuning_learning_rate": "3%",
     "warmup_ratio": "a tenth",
     "weight_decay": "",
     "max_grad_norm": "none",
@@ -180,8 +186,21 @@ def test_forwards_per_update(pairs, forward, expected):
     assert args.forwards_per_update == expected
 
 
-def test_guided_means_alpha_above_zero():
-    assert T.ScriptArguments(alpha=1e-9).guided and not T.ScriptArguments(alpha=0.0).guided
+@pytest.mark.parametrize(
+    ("mode", "alpha", "conditions", "rate"),
+    [
+        ("text", 1e-9, ("base", "pref"), 0.2),
+        ("text", 0.0, ("base",), 0.2),
+        ("embedding", 0.1, ("base", "pref"), 0.2),
+        ("embedding", 0.0, ("base",), 0.2),
+        ("ptuning", 0.1, ("pref",), 0.7),
+        ("ptuning", 0.0, ("pref",), 0.7),
+    ],
+)
+def test_what_a_mode_scores_and_how_fast_it_learns(mode, alpha, conditions, rate):
+    args = T.ScriptArguments(training_mode=mode, alpha=alpha, learning_rate=0.2, ptuning_learning_rate=0.7)
+    assert (args.conditions, args.peak_learning_rate) == (conditions, rate)
+    assert args.trains_prefix == (mode == "ptuning")
 
 
 def test_dataset_paths(monkeypatch, tmp_path):
@@ -210,7 +229,8 @@ def test_every_limit_has_its_borders_here():
 
 @pytest.mark.parametrize(("name", "value"), border_cases(BORDERS, 0) + border_cases(ONLY, 0))
 def test_values_just_inside_are_accepted(name, value):
-    args = T.parse_arguments([f"--{name}={value}"])
+    needed = ["--prompt_embedding_path=soft.pt"] if value == "embedding" else []
+    args = T.parse_arguments([f"--{name}={value}", *needed])
     kind = type(getattr(T.ScriptArguments(), name))
     assert getattr(args, name) == (False if kind is bool else kind(value))
 
@@ -223,10 +243,11 @@ def test_values_just_outside_are_refused(name, value):
 
 
 @pytest.mark.parametrize(("name", "value"), border_cases(ONLY, 1))
-def test_values_of_later_versions_are_refused_with_reason_and_remedy(name, value):
+def test_other_values_are_refused_with_reason_and_remedy(name, value):
     lines = problems(f"--{name}={value}")
     assert len(lines) == 1 and lines[0].startswith(f"- {name.upper()} (--{name}) is ")
-    assert "not available" in lines[0] or "no other" in lines[0] or "no loss" in lines[0] or "DS_CONFIG" in lines[0]
+    reasons = ("not available", "no other", "no loss", "DS_CONFIG", "there is no such mode", "starts from")
+    assert any(reason in lines[0] for reason in reasons)
     assert ONLY[name][2] in lines[0]
 
 
@@ -260,6 +281,41 @@ def test_max_length_must_exceed_max_prompt_length(length, prompt, good):
         (line,) = problems(*argv)
         assert line.startswith(f"- MAX_LENGTH (--max_length) is {length}: ")
         assert f"MAX_PROMPT_LENGTH, {prompt}," in line and "raise one or lower the other" in line
+
+
+PATH, TEXT = "--prompt_embedding_path=soft.pt", "--preference_text="
+MODES = [  # flags → the problem's variable and words of it, or None
+    ("embedding", [PATH], None),
+    ("embedding", [PATH, TEXT], None),
+    ("embedding", [PATH, "--prompt_init=random", "--num_virtual_tokens=7"], None),  # the plan names them as not used
+    (
+        "embedding",
+        [],
+        ("TRAINING_MODE", "PROMPT_EMBEDDING_PATH (--prompt_embedding_path) is empty; name a soft prompt"),
+    ),
+    ("text", [TEXT], None),
+    (
+        "text",
+        [PATH],
+        ("PROMPT_EMBEDDING_PATH", "only TRAINING_MODE=embedding reads a soft prompt, and TRAINING_MODE is"),
+    ),
+    ("ptuning", [], None),
+    ("ptuning", [PATH], ("PROMPT_EMBEDDING_PATH", "'ptuning'; empty the one or change the other")),
+    ("ptuning", [TEXT], ("PREFERENCE_TEXT", "PROMPT_INIT=text the soft prompt starts from its words")),
+    ("ptuning", [TEXT + " \n"], ("PREFERENCE_TEXT", "state the preference or set PROMPT_INIT=random")),
+    ("ptuning", [TEXT, "--prompt_init=random"], None),
+]
+
+
+@pytest.mark.parametrize(("mode", "flags", "problem"), MODES)
+def test_what_a_mode_needs_and_refuses(mode, flags, problem):
+    argv = [f"--training_mode={mode}", *flags]
+    if problem is None:
+        assert T.parse_arguments(argv).training_mode == mode
+    else:
+        variable, words = problem
+        (line,) = problems(*argv)
+        assert line.startswith(f"- {variable} (--{variable.lower()}) is ") and words in line
 
 
 def test_resume_and_overwrite_exclude_each_other():
@@ -312,8 +368,9 @@ def test_a_flag_without_its_value():
 
 
 def test_all_problems_are_reported_together():
-    wrong = "--beta -1 --alpha much --lora_r 0 --training_mode ptuning --sede --seed -1 --max_length 64"
-    lines = problems(*wrong.split(), "--resume", "--overwrite")
+    wrong = "--beta -1 --alpha much --lora_r 0 --training_mode ptune --sede --seed -1 --max_length 64"
+    soft = "--prompt_embedding_path soft.pt --num_virtual_tokens 0 --prompt_init zeros"
+    lines = problems(*wrong.split(), *soft.split(), "--resume", "--overwrite")
     named = (
         "ALPHA (",
         "'--sede'",
@@ -323,6 +380,9 @@ def test_all_problems_are_reported_together():
         "SEED (",
         "MAX_LENGTH (",
         "RESUME and OVERW",
+        "PROMPT_EMBEDDING_PATH (",
+        "NUM_VIRTUAL_TOKENS (",
+        "PROMPT_INIT (",
     )
     assert len(lines) == len(named)
     for name in named:

@@ -81,6 +81,18 @@ def test_one_token_answers_have_no_branch(triple, expected):
     assert as_lists(T.pack_row([triple])) == expected
 
 
+def test_soft_embeddings_take_places_and_positions_like_tokens():
+    """Ids below 0 stand in the trunk, before the prompt; no answer and so no target ever has one."""
+    assert as_lists(T.pack_row([([-1, -2, 7], [8, 1], [9, 6, 1])])) == {
+        "input_ids": [[-1, -2, 7, 8, 9, 6]],
+        "position_ids": [[0, 1, 2, 3, 3, 4]],
+        "score_positions": [2, 3, 2, 4, 5],
+        "target_ids": [8, 1, 9, 6, 1],
+        "answer_index": [0, 0, 1, 1, 1],
+        "trees": ((0, 3, 4, 6),),
+    }
+
+
 def test_every_scored_token_is_predicted_after_exactly_the_tokens_before_it():
     """What a position sees is read off the row and its trees alone, and must be the prompt and the answer so far."""
     draw = random.Random(0)

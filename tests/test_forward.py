@@ -1,8 +1,11 @@
 """Forward: packed trees give the log-probabilities, loss and gradients of a plain padded computation."""
 
+import copy
+
 import pytest
 import torch
 from conftest import make_model
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 import train_with_preference_prompt as T
@@ -176,3 +179,173 @@ def test_text_still_goes_through_the_models_own_forward(model, tokenized):
     with T.text_attention(model):
         torch.testing.assert_close(model(input_ids=ids).logits, expected, **CLOSE)
         assert model.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape[1] <= ids.shape[1] + 3
+
+
+# --- soft prompts: in `pref_prompt_ids` −1 − k stands for the soft prompt's k-th embedding
+
+K = 4
+
+
+def soft_prompt_of(causal_lm):
+    """K random embeddings (K, H), as wide as those of the tokens, fp32 and trainable."""
+    embed = causal_lm.get_input_embeddings().weight
+    start = torch.randn(K, embed.shape[1], generator=torch.Generator().manual_seed(3)) * embed.std().item()
+    return nn.Embedding.from_pretrained(start, freeze=False)
+
+
+def with_soft_prefix(tokenized, size=K):
+    return [T.dataclasses.replace(p, pref_prompt_ids=[-1 - k for k in range(size)] + p.prompt_ids) for p in tokenized]
+
+
+def padded_soft_logps(causal_lm, tokenized, soft, after_prompt=False, counted=True):
+    """(P, 2) the ordinary way: the embeddings (K, H) in front of each right-padded row's token embeddings.
+
+    For the controls: the soft prompt after the prompt, or not counted by the positions.
+    """
+    embed, rows = causal_lm.get_input_embeddings(), []
+    answers = [(p, ids) for p in tokenized for ids in (p.chosen_ids, p.rejected_ids)]
+    for pair, ids in answers:
+        prompt, answer = embed(torch.tensor(pair.prompt_ids)), embed(torch.tensor(ids))
+        rows.append(torch.cat((prompt, soft, answer) if after_prompt else (soft, prompt, answer)))
+    inputs, mask = (pad_sequence(x, batch_first=True) for x in (rows, [torch.ones(len(row)) for row in rows]))
+    positions = torch.arange(inputs.shape[1]) - (0 if counted else len(soft))
+    positions = positions.clamp(min=0).expand(len(rows), -1)
+    logits = causal_lm(inputs_embeds=inputs, attention_mask=mask.long(), position_ids=positions).logits
+    logps = [
+        of_row[len(row) - len(ids) - 1 : len(row) - 1].log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum()
+        for of_row, row, (_, ids) in zip(logits, rows, answers, strict=True)
+    ]
+    return torch.stack(logps).view(-1, 2)
+
+
+def ptuning_mean(prefixed):
+    reference = torch.full_like(prefixed, -20.0) + torch.tensor([1.0, 0.0])
+    return T.ptuning_loss(prefixed, reference, beta=0.1, loss_type="sigmoid")["loss"].mean()
+
+
+def test_embeddings_of_a_text_are_that_text_as_prefix(model, tokenized):
+    """Bit for bit, packed and unpacked."""
+    text_ids = tokenized[3].chosen_ids
+    soft = nn.Embedding.from_pretrained(model.get_input_embeddings().weight[text_ids].detach())
+    guided = [T.dataclasses.replace(p, pref_prompt_ids=text_ids + p.prompt_ids) for p in tokenized]
+    expected = T.teacher_logps(T.enable_packed_forward(copy.deepcopy(model)), pack(guided, "pref_prompt_ids"))
+    T.enable_packed_forward(model, soft)
+    soft_pairs = with_soft_prefix(tokenized, len(text_ids))
+    assert torch.equal(T.teacher_logps(model, pack(soft_pairs, "pref_prompt_ids")), expected)
+    for text, pair in zip(guided[:2], soft_pairs[:2], strict=True):
+        by_ids, by_embeddings = (T.unpacked_logps(model, p.pref_prompt_ids, p.chosen_ids, soft) for p in (text, pair))
+        assert torch.equal(by_ids, by_embeddings)
+        assert by_ids != T.unpacked_logps(model, pair.prompt_ids, pair.chosen_ids)
+
+
+def test_packed_soft_prompt_equals_padded(model, tokenized):
+    soft = soft_prompt_of(model)
+    expected = padded_soft_logps(model, tokenized, soft.weight)
+    padded = ptuning_mean(expected)
+    padded.backward()
+    expected_gradient, soft.weight.grad = soft.weight.grad, None
+    T.enable_packed_forward(model, soft)
+    packed = T.policy_logps(model, pack(with_soft_prefix(tokenized), "pref_prompt_ids"))
+    torch.testing.assert_close(packed, expected, **CLOSE)
+    loss = ptuning_mean(packed)
+    loss.backward()
+    torch.testing.assert_close(loss, padded, **CLOSE)
+    assert (expected_gradient.norm(dim=1) > 1e-2).all()
+    torch.testing.assert_close(soft.weight.grad, expected_gradient, rtol=1e-4, atol=1e-5)
+
+
+WRONG_SOFT_PROMPTS = {
+    "reversed": lambda causal_lm, pairs, soft: padded_soft_logps(causal_lm, pairs, soft.flip(0)),
+    "after the prompt": lambda causal_lm, pairs, soft: padded_soft_logps(causal_lm, pairs, soft, after_prompt=True),
+    "not counted": lambda causal_lm, pairs, soft: padded_soft_logps(causal_lm, pairs, soft, counted=False),
+    "left out": lambda causal_lm, pairs, soft: padded_logps(causal_lm, pairs),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SOFT_PROMPTS)
+def test_negative_control_a_misplaced_soft_prompt_differs(model, tokenized, wrong):
+    soft = soft_prompt_of(model)
+    other = WRONG_SOFT_PROMPTS[wrong](model, tokenized, soft.weight)
+    T.enable_packed_forward(model, soft)
+    packed = T.policy_logps(model, pack(with_soft_prefix(tokenized), "pref_prompt_ids"))
+    assert ((packed - other).abs().amax(dim=1) > 0.1).all()
+
+
+def test_the_plain_prompt_does_not_see_the_soft_prompt(model, tokenized):
+    expected = padded_logps(model, tokenized)
+    T.enable_packed_forward(model, soft_prompt_of(model))
+    torch.testing.assert_close(T.teacher_logps(model, pack(with_soft_prefix(tokenized))), expected, **CLOSE)
+
+
+def test_ptuning_trains_the_soft_prompt_alone(model, tokenized):
+    soft = soft_prompt_of(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    policy = T.add_soft_prompt(T.enable_packed_forward(model, soft), soft).train()
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    assert list(trained) == ["prompt_encoder.default.embedding.weight"] and trained.popitem()[1] is soft.weight
+    ptuning_mean(T.policy_logps(policy, pack(with_soft_prefix(tokenized), "pref_prompt_ids"))).backward()
+    assert (soft.weight.grad.norm(dim=1) > 1e-2).all()
+    assert [name for name, p in policy.named_parameters() if p.grad is not None and p is not soft.weight] == []
+    torch.optim.AdamW((p for p in policy.parameters() if p.requires_grad), lr=0.1, weight_decay=0.1).step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_peft_neither_adds_the_soft_prompt_again_nor_keeps_it_from_the_reference(model, tokenized):
+    soft, rows = soft_prompt_of(model), with_soft_prefix(tokenized)
+    prefixed, plain = padded_soft_logps(model, tokenized, soft.weight).detach(), padded_logps(model, tokenized)
+    policy = T.add_soft_prompt(T.enable_packed_forward(model, soft), soft)
+    torch.testing.assert_close(T.teacher_logps(policy, pack(rows, "pref_prompt_ids")), prefixed, **CLOSE)
+    torch.testing.assert_close(T.reference_logps(policy, pack(rows)), plain.detach(), **CLOSE)
+
+
+def test_the_guided_loss_gives_the_soft_prompt_no_gradient(tokenizer, tokenized):
+    causal_lm = make_model("llama", len(tokenizer))
+    soft = soft_prompt_of(causal_lm)  # one that would take a gradient
+    T.enable_packed_forward(causal_lm, soft)
+    policy = T.add_adapter(causal_lm, T.ScriptArguments(lora_r=4, lora_dropout=0.0)).train()
+    teacher = T.teacher_logps(policy, pack(with_soft_prefix(tokenized), "pref_prompt_ids"))
+    plain = T.policy_logps(policy, pack(tokenized))
+    assert (T.margins(teacher) > T.margins(plain)).any()  # the consistency loss is active
+    guided_mean(plain, teacher).backward()
+    assert not soft.weight.grad.any() and all(p is not soft.weight for p in policy.parameters())
+    assert max(p.grad.abs().max() for name, p in policy.named_parameters() if "lora_B" in name) > 1e-3
+
+
+def test_gradient_checkpointing_gives_the_same_soft_prompt_gradient(model, tokenized):
+    soft, row, calls = soft_prompt_of(model), pack(with_soft_prefix(tokenized), "pref_prompt_ids"), []
+    policy = T.add_soft_prompt(T.enable_packed_forward(model, soft), soft).train()
+    model.get_decoder().layers[0].self_attn.register_forward_hook(lambda *hooked: calls.append(1))
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        soft.weight.grad = None
+        ptuning_mean(T.policy_logps(policy, row)).backward()
+        gradients.append(soft.weight.grad)
+    assert len(calls) == 1 + 2  # once, then once more for the backward pass
+    torch.testing.assert_close(*gradients, **CLOSE)
+
+
+def test_an_fp32_soft_prompt_in_a_bf16_model(model, tokenized):
+    """bf16 keeps 8 bits, so every number is off by up to 2⁻⁸ of itself, and a sum of log-probabilities by about that.
+
+    The control: the soft prompt in reversed order is further away, in every pair, and so is its gradient.
+    """
+    row, relative = pack(with_soft_prefix(tokenized), "pref_prompt_ids"), 2 * 2**-8
+
+    def scored(dtype, order):
+        soft = nn.Embedding.from_pretrained(soft_prompt_of(model).weight.detach()[order], freeze=False)
+        logps = T.policy_logps(T.enable_packed_forward(copy.deepcopy(model).to(dtype), soft), row)
+        ptuning_mean(logps).backward()
+        assert logps.dtype == soft.weight.grad.dtype == torch.float32
+        return logps.detach(), soft.weight.grad[order]
+
+    in_order, reversed_order = [0, 1, 2, 3], [3, 2, 1, 0]
+    exact, exact_gradient = scored(torch.float32, in_order)
+    rounded, rounded_gradient = scored(torch.bfloat16, in_order)
+    other, other_gradient = scored(torch.float32, reversed_order)
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=relative, atol=0)
+    assert ((other - exact).abs() > relative * exact.abs()).any(dim=1).all()
+    tolerance = 0.2 * exact_gradient.norm()
+    assert (rounded_gradient - exact_gradient).norm() < tolerance < (other_gradient - exact_gradient).norm()

@@ -8,6 +8,7 @@ import time
 
 import psutil
 import pytest
+import torch
 from conftest import PROJECT, launch
 
 import train_with_preference_prompt as T
@@ -19,7 +20,7 @@ DESIGN_VARIABLES = """
     BETA ALPHA LEARNING_RATE NUM_EPOCHS GRADIENT_ACCUM_STEPS PAIRS_PER_FORWARD LORA_R LORA_ALPHA LORA_DROPOUT
     LORA_TARGET_MODULES MAX_LENGTH MAX_PROMPT_LENGTH OUTPUT_DIR LOG_DIR RESUME OVERWRITE SEED EVAL_STEPS
     NUM_VIRTUAL_TOKENS LOSS_TYPE LABEL_SMOOTHING PROMPT_INIT GRADIENT_CHECKPOINTING PRECISION ZERO_STAGE OFFLOAD
-    DS_CONFIG HOSTFILE NODE_RANK MASTER_ADDR CPU_RANKS LOAD_IN_4BIT ADAPTER_PATH PRESET DRY_RUN
+    DS_CONFIG HOSTFILE NODE_RANK MASTER_ADDR CPU_RANKS LOAD_IN_4BIT ADAPTER_PATH PRESET DRY_RUN PTUNING_LEARNING_RATE
 """.split()
 ODD = '-Sei "höflich",  it\'s $HOME $(date) `id` \\t *?[a] !x;&|<> #c\n第二行 '
 
@@ -82,6 +83,17 @@ def test_a_dry_run_trains_and_writes_nothing(dry):
         assert phrase in dry["result"].stderr
 
 
+def test_a_soft_prompt_is_read_before_anything_starts(tiny_run, tmp_path_factory, tmp_path):
+    soft = tmp_path_factory.mktemp("soft prompt") / "it's soft.pt"
+    torch.save({"prompt_embeddings": torch.ones(7, 32)}, soft)  # 32 is the tiny model's hidden size
+    variables = {"TRAINING_MODE": "embedding", "PROMPT_EMBEDDING_PATH": str(soft), "DRY_RUN": "1"}
+    result = launch({**tiny_run, **variables}, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"7 soft embeddings from {soft}" in result.stderr
+    assert {f"--prompt_embedding_path={soft}", "--training_mode=embedding"} <= set(printed_command(result))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_cores_are_shared_evenly(tiny_run, tmp_path):
     cores = os.cpu_count()
     result = launch({**tiny_run, "CPU_RANKS": str(cores), "DRY_RUN": "1"}, cwd=tmp_path)
@@ -101,7 +113,11 @@ def test_cores_are_shared_evenly(tiny_run, tmp_path):
             {"TRAIN_DATASET_PATH": "/nowhere.jsonl", "POLICY_MODEL_PATH": "./nowhere"},
             ["data file /nowhere.jsonl does not exist", "POLICY_MODEL_PATH (--policy_model_path) is './nowhere'"],
         ),
-        ({"TRAINING_MODE": "embedding"}, ["TRAINING_MODE (--training_mode) is 'embedding'", "not available"]),
+        ({"TRAINING_MODE": "embedding"}, ["TRAINING_MODE (--training_mode) is 'embedding', but PROMPT_EMBEDDING_PATH"]),
+        (
+            {"TRAINING_MODE": "embedding", "PROMPT_EMBEDDING_PATH": "no such.pt", "OUTPUT_DIR": "/dev/null"},
+            ["PROMPT_EMBEDDING_PATH (--prompt_embedding_path) is 'no such.pt': there is no such file", "OUTPUT_DIR ("],
+        ),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_message(tiny_run, tmp_path, variables, phrases):

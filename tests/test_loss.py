@@ -94,3 +94,50 @@ def test_start_of_training_is_ln_2():
 def test_large_margins_stay_finite():
     losses = T.sigmoid_loss(torch.tensor([1e4, -1e4]), 1.0)
     close(losses, [0.0, 1e4])
+
+
+# --- P-tuning: the policy is the model with its prefix, TEACHER above; reference and plain policy are both REFERENCE
+#               Δ_pref   Δ_ref   Δ_pref − Δ_ref   rewards β (log π(y|p, x) − log π(y|x)) of chosen and rejected
+# first pair       7       1            6              β · 3   β · −3
+# second pair     −7      −1           −6              β · −3  β · 3
+
+
+def ptuning():
+    prefixed = torch.tensor(TEACHER, requires_grad=True)
+    return prefixed, T.ptuning_loss(prefixed, torch.tensor(REFERENCE), BETA, "sigmoid")
+
+
+def test_ptuning_is_dpo_of_the_prefixed_model():
+    _, metrics = ptuning()
+    loss = [-math.log(sigmoid(BETA * 6)), -math.log(sigmoid(BETA * -6))]
+    close(metrics["loss"], loss)
+    close(metrics["dpo_loss"], loss)
+    close(metrics["chosen_reward"], [BETA * 3, BETA * -3])
+    close(metrics["rejected_reward"], [BETA * -3, BETA * 3])
+    close(metrics["reward_margin"], [BETA * 6, BETA * -6])
+    close(metrics["accuracy"], [1.0, 0.0])
+
+
+def test_ptuning_reports_what_there_is_to_distil():
+    """Δ_pref − Δ_base, with the reference as the plain policy."""
+    _, metrics = ptuning()
+    close(metrics["aligned_loss"], [6.0, 0.0])
+    close(metrics["pref_advantage"], [6.0, -6.0])
+    close(metrics["active_fraction"], [1.0, 0.0])
+    close(metrics["base_margin"], [1.0, -1.0])
+    close(metrics["pref_margin"], [7.0, -7.0])
+    for place, answer in enumerate(("chosen", "rejected")):
+        close(metrics[f"{answer}_logps"], [pair[place] for pair in REFERENCE])
+        close(metrics[f"pref_{answer}_logps"], [pair[place] for pair in TEACHER])
+
+
+def test_only_ptunings_loss_carries_a_gradient():
+    prefixed, metrics = ptuning()
+    assert [name for name, values in metrics.items() if values.requires_grad] == ["loss"]
+    metrics["loss"].sum().backward()
+    slopes = [-BETA * sigmoid(-BETA * 6), -BETA * sigmoid(BETA * 6)]  # d loss / d Δ_pref
+    close(prefixed.grad, [[slopes[0], -slopes[0]], [slopes[1], -slopes[1]]])
+
+
+def test_ptuning_reports_the_metrics_of_guided_training():
+    assert ptuning()[1].keys() == guided()[2].keys()

@@ -1,9 +1,11 @@
-"""Model: what a model path may be, and the bundled model's conversion."""
+"""Model: what a model path may be, what fits the model, and the bundled model's conversion."""
+
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import PREFERENCE, make_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OPTConfig, Qwen2Config
 
 import train_with_preference_prompt as T
 
@@ -64,13 +66,65 @@ def test_the_adapter_starts_at_zero_and_alone_is_trained(tokenizer):
     assert all(p.abs().max() == 0 for name, p in trained.items() if "lora_B" in name)
 
 
-def test_a_pair_longer_than_the_context(tokenize, tokenized):
-    config = make_model("llama", 300).config
-    config.max_position_embeddings = 20
-    (problem,) = T.context_problems(config, tokenize, tokenized)
-    assert "MAX_LENGTH" in problem and "context is 20 tokens" in problem
-    config.max_position_embeddings = 1024
-    assert T.context_problems(config, tokenize, tokenized) == []
+MODES = {  # mode → what the error calls the prefix, with K soft embeddings
+    "text": "PREFERENCE_TEXT",
+    "embedding": "the {} embeddings in PROMPT_EMBEDDING_PATH 'soft.pt'",
+    "ptuning": "NUM_VIRTUAL_TOKENS {}",
+}
+
+
+def text_tokens(tokenizer, preference: str, pair) -> int:
+    """Tokens of the guided prompt and the longer answer with its end token, from the template itself."""
+    system = [{"role": "system", "content": preference}] if preference else []
+    prompt = [*system, {"role": "user", "content": pair.prompt}]
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return max(len(tokenizer(f"{text}{answer}<|im_end|>").input_ids) for answer in (pair.chosen, pair.rejected))
+
+
+@pytest.mark.parametrize(
+    ("limit", "name"), [("max_position_embeddings", "context"), ("sliding_window", "sliding attention window")]
+)
+@pytest.mark.parametrize("soft", [1, 50])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_longest_pair_with_its_prefix_must_fit_the_model(tokenizer, pairs, mode, soft, limit, name):
+    args = T.ScriptArguments(training_mode=mode, max_length=77)
+    args.prompt_embedding_path = "soft.pt" if mode == "embedding" else ""
+    prefix = T.Prefix(PREFERENCE * soft) if mode == "text" else T.Prefix(num_virtual_tokens=soft)
+    tokenize = T.PairTokenizer(tokenizer, prefix, max_length=120, max_prompt_length=80)
+    done = T.tokenize_pairs(pairs, T.DataReport(Path("memory")), tokenize)
+    longest = prefix.num_virtual_tokens + max(text_tokens(tokenizer, prefix.text, pair) for pair in pairs)
+    config = Qwen2Config(use_sliding_window=True)
+    config.max_position_embeddings = config.sliding_window = 10_000
+    setattr(config, limit, longest)
+    assert T.context_problems(config, args, done) == []
+    setattr(config, limit, longest - 1)
+    assert T.context_problems(config, args, done) == [
+        f"MAX_LENGTH (--max_length) is 77: with the prefix ({MODES[mode].format(soft)}) the longest answer ends at "
+        f"token {longest}, but the model's {name} is {longest - 1} tokens; lower MAX_LENGTH or use a shorter prefix"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (LlamaConfig(hidden_size=48, num_attention_heads=4, num_hidden_layers=1), 48),
+        (OPTConfig(hidden_size=64, word_embed_proj_dim=24, num_attention_heads=4, num_hidden_layers=1), 24),
+        (LlamaConfig(hidden_size=16384, num_hidden_layers=126, vocab_size=128256), 16384),  # too large to allocate
+    ],
+)
+def test_the_size_of_an_embedding(config, size):
+    assert T.embedding_size(config) == size
+
+
+def test_the_size_of_a_local_models_embedding(tiny_run, tmp_path, monkeypatch):
+    assert T.local_embedding_size(tiny_run["POLICY_MODEL_PATH"]) == 32
+    assert T.local_embedding_size("Qwen/Qwen2.5-1.5B") is None
+    make_model("llama", 300).config.save_pretrained(tmp_path / "no tokenizer")
+    assert T.local_embedding_size(str(tmp_path / "no tokenizer")) is None
+    monkeypatch.setattr(T, "BUNDLED_MODEL_DIR", tmp_path / "not converted")
+    assert T.local_embedding_size("") is None
+    monkeypatch.setattr(T, "BUNDLED_MODEL_DIR", Path(tiny_run["POLICY_MODEL_PATH"]))
+    assert T.local_embedding_size("") == 32
 
 
 class Conversion:

@@ -363,12 +363,18 @@ def test_a_folder_is_one_runs_alone(tmp_path):
     T.lock_folder("output_dir", tmp_path / "out/run").close()
 
 
-@pytest.mark.parametrize("inside", ["policy_model_path", "train_dataset_path", "the working directory"])
+@pytest.mark.parametrize(
+    "inside", ["policy_model_path", "train_dataset_path", "prompt_embedding_path", "the working directory"]
+)
 def test_a_run_that_is_still_needed_does_not_make_way(tmp_path, monkeypatch, inside):
     fill(tmp_path / "out/run", {**FINISHED, "merged/config.json": "{}", "merged/pairs.jsonl": "{}"})
     args = settings(tmp_path, overwrite=True)
     assert T.output_problems(args) == []
-    paths = {"policy_model_path": "out/run/merged", "train_dataset_path": "out/run/merged/pairs.jsonl"}
+    paths = {
+        "policy_model_path": "out/run/merged",
+        "train_dataset_path": "out/run/merged/pairs.jsonl",
+        "prompt_embedding_path": "out/run/prompt_embeddings.pt",
+    }
     if inside in paths:
         setattr(args, inside, str(tmp_path / paths[inside]))
     else:
@@ -392,6 +398,35 @@ def test_a_resumed_run_needs_the_same_settings_and_data(tmp_path):
     found = T.resume_problems(args, two_ranks)
     assert len(found) == 3 and "had BETA 0.05, not 0.3" in found[0]
     assert "had RANKS 1, not 2" in found[1] and "TRAIN DATA" in found[2]
+
+
+def test_a_soft_prompt_in_the_output_folder_stops_only_a_run_that_must_make_way(tmp_path):
+    args = settings(tmp_path, prompt_embedding_path=str(tmp_path / "out/run/prompt_embeddings.pt"))
+    fill(tmp_path / "out/run", FINISHED)
+    (problem,) = T.output_problems(args)  # a finished run is moved aside: the path would no longer lead to it
+    assert problem.startswith(f"OUTPUT_DIR (--output_dir) is {args.output_dir!r}: ")
+    assert f"but {args.prompt_embedding_path} lies in it; name another folder" in problem
+    args.prompt_embedding_path = str(tmp_path / "out/run-20260101-000000/prompt_embeddings.pt")
+    assert T.output_problems(args) == []
+
+
+@pytest.mark.parametrize("value", [1.0, 2.0])
+def test_a_resumed_run_needs_the_same_soft_prompt(tmp_path, value):
+    """Its content counts, not how the file holds it."""
+    data = {f"{split}_dataset_path": str(write_rows(tmp_path / split, ROWS)) for split in ("train", "test")}
+    soft = tmp_path / "soft.pt"
+    args = settings(tmp_path, training_mode="embedding", prompt_embedding_path=str(soft), **data)
+    torch.save({"prompt_embeddings": torch.ones(3, 32)}, soft)
+    (tmp_path / "out/run").mkdir(parents=True)
+    (tmp_path / "out/run/run_settings.json").write_text(json.dumps(T.recorded_settings(args, ONE_RANK)))
+    torch.save(torch.full((3, 32), value, dtype=torch.float64), soft)
+    found = T.resume_problems(args, ONE_RANK)
+    assert (len(found), all("had SOFT PROMPT" in line for line in found)) == (int(value != 1.0), True)
+    args.training_mode, args.prompt_embedding_path = "text", ""
+    assert {line.split(" had ")[1].split(" '")[0] for line in T.resume_problems(args, ONE_RANK)} == {
+        "TRAINING_MODE",
+        "PROMPT_EMBEDDING_PATH",
+    }
 
 
 @pytest.mark.parametrize("changes", [PLAIN, OVERWRITE])
@@ -470,6 +505,31 @@ def test_all_problems_of_files_and_devices_are_reported_together(ready, tmp_path
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("sizes", "local", "phrase"),
+    [
+        ((3, 32), True, None),
+        ((3, 31), True, "holds float32 (3, 31), but the model's embeddings have 32 numbers, not 31"),
+        ((3, 31), False, None),  # the model's size is not known before it is downloaded
+        ((3, 4, 32), False, "holds float32 (3, 4, 32)"),
+        (None, True, "there is no such file"),
+    ],
+)
+def test_a_soft_prompt_is_checked_together_with_the_rest(ready, tiny_run, tmp_path, sizes, local, phrase):
+    soft = tmp_path / "soft.pt"
+    if sizes:
+        torch.save(torch.ones(sizes), soft)
+    model = tiny_run["POLICY_MODEL_PATH"] if local else "someone/some-model"
+    changes = {"training_mode": "embedding", "prompt_embedding_path": str(soft), "policy_model_path": model}
+    args = T.ScriptArguments(**{**ready, **changes, "gpu_nodes": "localhost:99", "test_dataset_path": "none.jsonl"})
+    with pytest.raises(T.InputError) as caught:
+        T.check_inputs(args)
+    assert [problem.split(" ")[0] for problem in caught.value.problems[:2]] == ["GPU_NODES", "data"]
+    found = caught.value.problems[2:]
+    assert len(found) == (phrase is not None)
+    assert phrase is None or (found[0].startswith("PROMPT_EMBEDDING_PATH (") and phrase in found[0])
+
+
 def test_a_plan_writes_nothing(ready, tmp_path, capsys):
     before = snapshot(tmp_path)
     T.main([word for name, value in ready.items() for word in (f"--{name}", value)] + ["--plan", "true"])
@@ -521,7 +581,11 @@ def test_the_plan_says_what_the_run_will_do(tmp_path):
     assert lines["devices"].startswith("CPU, 2 rank(s) with ") and lines["devices"].endswith("float32")
     assert lines["output"] == args.output_dir
     assert lines["TensorBoard"] == args.log_dir
-    assert "β 0.05" in lines["loss"] and "α 0.1" in lines["loss"] and "0.0005" in lines["loss"]
+    assert (
+        "β 0.05" in lines["loss"]
+        and "α 0.1" in lines["loss"]
+        and lines["trained"] == "LoRA, r 16, learning rate 0.0005"
+    )
     assert "notice" not in lines
 
 
@@ -530,6 +594,69 @@ def test_the_plan_of_the_defaults():
     assert "SmolLM2-135M-Instruct" in lines["model"] and "Q4_1" in lines["model"]
     assert plan(alpha=0.0)["mode"] == "text, but ALPHA is 0: plain DPO"
     assert plan(preference_text="")["preference"].startswith("(empty")
+
+
+PREFIXES = {  # mode → what guides, what is trained, the loss
+    "text": ("Be kind.", "LoRA, r 8, learning rate 0.25", "β 0.05, α 0.3"),
+    "embedding": ("7 soft embeddings from {}", "LoRA, r 8, learning rate 0.25", "β 0.05, α 0.3"),
+    "ptuning": (
+        "5 soft embeddings, to be trained; they start from 'Be kind.'",
+        "the soft prompt, the model is frozen, learning rate 0.75",
+        "β 0.05",
+    ),
+}
+SET = {  # a value other than the default for every setting that some mode does not use
+    "preference_text": "Be kind.",
+    "num_virtual_tokens": 5,
+    "prompt_init": "random",
+    "ptuning_learning_rate": 0.75,
+    "alpha": 0.3,
+    "learning_rate": 0.25,
+    "lora_r": 8,
+    "lora_alpha": 9,
+    "lora_dropout": 0.5,
+    "lora_target_modules": "q_proj",
+}
+UNUSED = {  # mode → of them, those that have no part in it
+    "text": ["num_virtual_tokens", "prompt_init", "ptuning_learning_rate"],
+    "embedding": ["preference_text", "num_virtual_tokens", "prompt_init", "ptuning_learning_rate"],
+    "ptuning": ["alpha", "learning_rate", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"],
+}
+
+
+@pytest.fixture
+def soft_path(tmp_path):
+    torch.save(torch.ones(7, 32), tmp_path / "soft.pt")
+    return str(tmp_path / "soft.pt")
+
+
+def plan_of(mode: str, soft_path: str, **changes) -> dict[str, str]:
+    path = {"prompt_embedding_path": soft_path} if mode == "embedding" else {}
+    return plan(training_mode=mode, **path, **changes)
+
+
+@pytest.mark.parametrize("mode", PREFIXES)
+def test_the_plan_says_what_guides_and_what_is_trained(soft_path, mode):
+    guides, trained, loss = PREFIXES[mode]
+    lines = plan_of(mode, soft_path, **{**SET, "prompt_init": "text"})
+    assert (lines["mode"], lines["preference"]) == (mode, guides.format(soft_path))
+    assert (lines["trained"], lines["loss"]) == (trained, loss)
+    assert plan_of(mode, soft_path, alpha=0.0)["mode"] == mode + ", but ALPHA is 0: plain DPO" * (mode != "ptuning")
+
+
+def test_the_plan_says_that_a_soft_prompt_starts_at_random():
+    lines = plan(training_mode="ptuning", prompt_init="random", preference_text="")
+    assert lines["preference"] == "10 soft embeddings, to be trained; they start from random tokens"
+
+
+@pytest.mark.parametrize("mode", UNUSED)
+def test_the_plan_names_what_was_set_and_plays_no_part(soft_path, mode):
+    assert "not used" not in plan_of(mode, soft_path)
+    said = {name: plan_of(mode, soft_path, **{name: value}).get("not used") for name, value in SET.items()}
+    expected = {name: f"{name.upper()} (no part in {mode} mode)" for name in UNUSED[mode]}
+    assert said == {**dict.fromkeys(SET), **expected}
+    names = ", ".join(name.upper() for name in UNUSED[mode])
+    assert plan_of(mode, soft_path, **SET)["not used"] == f"{names} (no part in {mode} mode)"
 
 
 def test_the_plan_names_gpus():

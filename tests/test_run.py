@@ -110,7 +110,8 @@ def test_loss_is_its_components(first_events):
 def test_samples_and_hyperparameters(first_events, run):
     (sample,) = first_events.Tensors("samples/before_and_after/text_summary")
     table = sample.tensor_proto.string_val[0].decode()
-    assert table.count("\n") == 1 + T.SAMPLE_PROMPTS and "| prompt | before | after |" in table
+    header = "| prompt | before | before, with the prefix | after | after, with the prefix |\n"
+    assert table.count("\n") == 1 + T.SAMPLE_PROMPTS and table.startswith(header)
     from tensorboard.plugins.hparams import plugin_data_pb2
 
     content = first_events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
@@ -127,7 +128,7 @@ def test_what_the_launcher_says(run):
     assert "only 3 updates" in said
     shown = run["first"].stdout
     assert "12 rows read, 12 pairs used" in shown and "⟦Eight minutes in boiling water.<|im_end|>⟧" in shown
-    assert "equals the trained model" in shown and "loss=" in said and "accuracy=" in said
+    assert "equals what was trained" in shown and "loss=" in said and "accuracy=" in said
 
 
 def readme_snippet() -> str:

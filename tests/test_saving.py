@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from conftest import make_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import train_with_preference_prompt as T
 
@@ -64,3 +66,43 @@ def test_merged_links_leave_the_adapter_out(tmp_path):
     T.link_merged(tmp_path)
     linked = {path.name: path.read_text() for path in (tmp_path / "merged").iterdir()}
     assert linked == {name: name for name in ("config.json", "pytorch_model.bin", "tokenizer.json")}
+
+
+def test_merged_links_leave_card_and_soft_prompt_out(tmp_path):
+    for name in ("config.json", T.MODEL_CARD, T.SOFT_PROMPT, T.RUN_SETTINGS):
+        (tmp_path / name).write_text(name)
+    T.link_merged(tmp_path)
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["config.json"]
+
+
+# --- soft prompts
+
+
+def soft_prompt(dtype=torch.float32):
+    return nn.Embedding.from_pretrained(torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_soft_prompt_is_saved_in_fp32_as_embedding_mode_reads_it(tmp_path, dtype):
+    soft = soft_prompt(dtype)
+    T.save_soft_prompt(soft, tmp_path)
+    saved = torch.load(tmp_path / "prompt_embeddings.pt", weights_only=True)
+    assert saved.keys() == {"prompt_embeddings"} and saved["prompt_embeddings"].dtype == torch.float32
+    assert torch.equal(saved["prompt_embeddings"], soft.weight.float())
+    assert torch.equal(T.read_soft_prompt(str(tmp_path / "prompt_embeddings.pt"), 32), soft.weight.float())
+
+
+def test_a_soft_prompt_that_was_written_wrongly_is_noticed(tmp_path, monkeypatch):
+    write = torch.save
+    monkeypatch.setattr(torch, "save", lambda tensors, path: write({n: t + 1e-6 for n, t in tensors.items()}, path))
+    with pytest.raises(T.SelfCheckError, match="prompt_embeddings.pt differs from the trained model"):
+        T.save_soft_prompt(soft_prompt(), tmp_path)
+
+
+def test_the_prompt_tuning_adapter_opens_with_peft(tokenizer, tmp_path):
+    soft = soft_prompt()
+    T.save_adapter(T.add_soft_prompt(make_model("llama", len(tokenizer)), soft), tmp_path)
+    opened = PeftModel.from_pretrained(make_model("llama", len(tokenizer)), tmp_path)
+    assert torch.equal(opened.prompt_encoder["default"].embedding.weight, soft.weight)
+    assert opened.peft_config["default"].peft_type == "PROMPT_TUNING"
+    assert torch.equal(T.read_soft_prompt(str(tmp_path), 32), soft.weight)  # the folder serves embedding mode too

@@ -160,6 +160,45 @@ def test_one_bos_where_the_prompt_brings_its_own(tokenizer):
     assert done.prompt_ids.count(0) == 1 and done.pref_prompt_ids.count(0) == 1
 
 
+# --- a soft prompt
+
+
+def run_soft(tokenizer, one, soft=3, **limits):
+    """The same pair with K soft embeddings and with nothing that guides, and the report of the former."""
+    limits = {"max_length": 500, "max_prompt_length": 400, **limits}
+    report = T.DataReport(Path("memory"), rows=1)
+    done = T.PairTokenizer(tokenizer, T.Prefix(num_virtual_tokens=soft), **limits)(one, report)
+    return done, T.PairTokenizer(tokenizer, T.Prefix(), **limits)(one, T.DataReport(Path("memory"), rows=1)), report
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_prompt_length": 40, "max_length": 50}], ids=["whole", "cut"])
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("name", [*TEMPLATES, None])
+def test_soft_embeddings_stand_before_everything_and_change_no_id(tokenizer, name, bos, limits):
+    template = TEMPLATES[name][0] if name else None
+    changed = variant(adds_bos(tokenizer) if bos else tokenizer, template)
+    for row in (*ROWS, {"prompt": LONG, "chosen": LONG, "rejected": "No."}):
+        done, unguided, report = run_soft(changed, T.Pair(**row, row=1), **limits)
+        assert done.pref_prompt_ids == [-1, -2, -3, *done.prompt_ids]
+        assert (done.prompt_ids, done.chosen_ids, done.rejected_ids) == (
+            unguided.prompt_ids,
+            unguided.chosen_ids,
+            unguided.rejected_ids,
+        )
+        assert min(done.prompt_ids) >= 0 and unguided.pref_prompt_ids == unguided.prompt_ids
+        if bos and not template:
+            assert done.pref_prompt_ids[2:4] == [-3, changed.bos_token_id]
+    assert (report.truncated_prompts, report.truncated_answers) == ((1, 1) if limits else (0, 0))  # those of LONG
+
+
+@pytest.mark.parametrize("soft", [1, 1000])
+def test_soft_embeddings_count_against_no_limit(tokenizer, soft):
+    limits = {"max_length": 30, "max_prompt_length": 25}
+    done, unguided, _ = run_soft(tokenizer, pair(LONG, chosen=LONG), soft, **limits)
+    assert done.pref_prompt_ids == [*range(-1, -soft - 1, -1), *unguided.prompt_ids]
+    assert len(done.prompt_ids) == 25 and len(done.chosen_ids) == 5
+
+
 # --- where the preference goes
 
 
@@ -489,6 +528,18 @@ def test_the_example_shows_both_conditions_and_what_is_scored(tokenizer):
         "--- the rejected answer, scored after the same two prompts",
         "⟦Five.<|im_end|>⟧",
     ]
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_the_example_shows_how_many_soft_embeddings_there_are(tokenizer, template):
+    changed = variant(tokenizer, template)
+    done, unguided, _ = run_soft(changed, pair("Two plus two?", "Four.", "Five."), soft=12)
+    begin, end = (HEAD, TAIL) if template else ("", "")
+    answer = f"{begin}Two plus two?{end}⟦Four.{END}⟧\n--- "
+    shown = T.describe_example(done, changed)
+    assert f"--- plain, chosen answer\n{answer}" in shown
+    assert f"--- with the preference, chosen answer\n(12 soft embeddings){answer}" in shown
+    assert "soft" not in T.describe_example(unguided, changed)
 
 
 def test_lengths_are_medians_and_longest():
