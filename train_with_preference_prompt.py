@@ -1599,16 +1599,6 @@ def training_arguments(args: ScriptArguments, on_gpu: bool) -> TrainingArguments
     )
 
 
-def release_shared_memory(rank: int) -> None:
-    """Removes the name of DeepSpeed's communication buffer on the CPU, 69 MB of RAM that would outlive the process.
-
-    It is there once the process group is joined; after the barrier every rank has it open and needs no name.
-    """
-    torch.distributed.barrier()
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
-
-
 def precision_dtype(precision: str, on_gpu: bool) -> torch.dtype:
     """The dtype that PRECISION means on this machine; fp32 on the CPU, where bf16 is several times slower."""
     if precision == "auto":
@@ -1871,6 +1861,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def release_shared_memory(rank: int) -> None:
+    """Removes the name of DeepSpeed's communication buffer on the CPU, 69 MB of RAM that would outlive the process.
+
+    The engine has made it; after the barrier every rank has it open and needs no name.
+    """
+    torch.distributed.barrier()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
+
+
 class RunCallback(TrainerCallback):
     """Calls this room's functions at their time, and keeps the clock of the updates."""
 
@@ -1883,6 +1883,8 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
+        if args.use_cpu:
+            release_shared_memory(args.process_index)
         fill_reference_logps(trainer, trainer.train_dataset, "training")
         fill_reference_logps(trainer, trainer.eval_dataset, "test")
         self.parameters_at_start = {}
@@ -2477,8 +2479,6 @@ def train(
 ) -> None:
     """Builds everything, trains and saves; one rank's share of it."""
     hf_args = training_arguments(args, devices.on_gpu)
-    if hf_args.use_cpu:
-        release_shared_memory(hf_args.process_index)
     is_main = hf_args.process_index == 0
     with hf_args.main_process_first():
         model_path = resolve_model_path(args.policy_model_path)

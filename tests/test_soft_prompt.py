@@ -204,7 +204,7 @@ def test_resumed_ptuning_gives_the_losses_of_an_uninterrupted_one(tuned, tiny_ru
 
 
 def samples(cwd):
-    """The Markdown table of sample answers, as cells."""
+    """The lines of the Markdown table of sample answers."""
     (text,) = series(cwd, T.SAMPLES_TAG)
     return text.split("\n")
 
