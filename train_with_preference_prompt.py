@@ -30,6 +30,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import socket
 import sys
@@ -264,22 +265,12 @@ NOT_USED = {
 }
 
 # Schedules that need no further settings, no metric under the stock Trainer's name and run under DeepSpeed.
-SCHEDULES = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-)
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "inverse_sqrt")
 
 # field → (test, what must hold)
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "beta": (lambda x: 0 < x < math.inf, "must be a finite number above 0; 0.05 is a good start"),
-    "alpha": (
-        lambda x: 0 <= x < math.inf,
-        "must be a finite number of at least 0; 0.1 is a good start",
-    ),
+    "alpha": (lambda x: 0 <= x < math.inf, "must be a finite number of at least 0; 0.1 is a good start"),
     "learning_rate": (lambda x: 0 < x < 1, "must lie between 0 and 1; 5e-4 is a good start for LoRA"),
     "ptuning_learning_rate": (lambda x: 0 < x < 1, "must lie between 0 and 1; 3e-2 is a good start"),
     "num_virtual_tokens": (lambda x: 1 <= x <= 4096, "must be 1 to 4096; 10 to 100 is usual"),
@@ -358,7 +349,7 @@ def argument_problems(args: ScriptArguments) -> list[str]:
     if args.training_mode == "embedding" and not args.prompt_embedding_path:
         problems.append(
             "TRAINING_MODE (--training_mode) is 'embedding', but PROMPT_EMBEDDING_PATH (--prompt_embedding_path) is "
-            "empty; name a soft prompt, such as the prompt_embeddings.pt that TRAINING_MODE=ptuning writes"
+            f"empty; name a soft prompt, such as the {SOFT_PROMPT} that TRAINING_MODE=ptuning writes"
         )
     if args.training_mode != "embedding" and args.prompt_embedding_path:
         problems.append(
@@ -433,7 +424,7 @@ class DataReport:
         return "; ".join(reasons) or "none"
 
 
-def parse_row(text: str, row: int) -> Pair:
+def parse_row(text: bytes, row: int) -> Pair:
     """One line of a JSON lines file.
 
     Raises:
@@ -461,7 +452,7 @@ def parse_row(text: str, row: int) -> Pair:
     return Pair(*(record[name] for name in PAIR_FIELDS), row=row)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The non-empty lines of a UTF-8 file with their numbers."""
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
@@ -527,7 +518,7 @@ class Prefix:
     text: str = ""
     num_virtual_tokens: int = 0  # K
 
-    @property
+    @functools.cached_property
     def virtual_ids(self) -> list[int]:
         """The ids that stand for the soft prompt's embeddings: −1 for the first, −2 for the second, …"""
         return [-1 - k for k in range(self.num_virtual_tokens)]
@@ -548,30 +539,29 @@ SOFT_PROMPT_KEY = re.compile(r"prompt_embeddings|embeddings|weight|(.+\.)?prompt
 REPARAMETERISED = re.compile(r"(.+\.)?prompt_encoder\.[^.]+\.(mlp_head|lstm_head)\.")
 
 
-def read_soft_prompt(path: str, hidden_size: int | None = None) -> torch.Tensor:
+def read_soft_prompt(path: str, hidden_size: int | None) -> torch.Tensor | None:
     """The soft prompt (K, H), fp32, in a tensor file or a PEFT prompt-tuning folder; no code in it is run.
 
     Args:
         path: a tensor (K, H) or (H,), or a dict with it under `prompt_embeddings`, `embeddings`, `weight` or PEFT's
             own key, or as its only floating-point tensor of that shape; written by torch.save or as .safetensors.
-        hidden_size: H of the model; None accepts any.
+        hidden_size: H of the model. Where it is not known yet (None), any is accepted, and a file in which only H
+            could tell the soft prompt from other tensors gives None.
 
     Raises:
         InputError: naming the file, what was found in it and what was expected.
     """
     try:
         found = open_tensors(soft_prompt_file(Path(path).expanduser()))
+        if hidden_size is None and len(found) > 1 and not any(map(SOFT_PROMPT_KEY.fullmatch, found)):
+            return None
         return as_soft_prompt(pick_soft_prompt(found, hidden_size), hidden_size)
     except (ValueError, OSError, RuntimeError) as error:
         raise InputError(f"{describe('prompt_embedding_path', path)}: {error}") from None
 
 
 def soft_prompt_file(path: Path) -> Path:
-    """The file with the tensors; of a PEFT folder the adapter's weights.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The file with the tensors, of a PEFT folder the adapter's weights; ValueError where there is none."""
     if path.is_file():
         if path.stat().st_size == 0:
             raise ValueError("the file is empty; expected a tensor")
@@ -592,13 +582,11 @@ def soft_prompt_file(path: Path) -> Path:
 
 
 def open_tensors(file: Path) -> dict[str, Any]:
-    """Everything in a tensor file by its key; a bare tensor gets the usual one.
-
-    Raises:
-        ValueError: it is not a tensor file, or could only be opened by running code from it.
-    """
+    """Everything in a tensor file by its key, a bare tensor under the usual one; ValueError for any other file."""
     try:
-        found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's guesses about files that are no tensor files
+            found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except PermissionError:
         raise ValueError("the file cannot be read; check its permissions") from None
     except Exception as error:  # damaged and hostile bytes raise anything
@@ -613,11 +601,7 @@ def open_tensors(file: Path) -> dict[str, Any]:
 
 
 def pick_soft_prompt(found: Mapping[str, Any], hidden_size: int | None) -> Any:
-    """The one value that is the soft prompt.
-
-    Raises:
-        ValueError: there is none, or more than one could be it.
-    """
+    """The one value that is the soft prompt; ValueError where none or more than one could be it."""
     if any(REPARAMETERISED.match(key) for key in found):
         raise ValueError(
             "holds a P-tuning encoder, not its embeddings; name the folder that PEFT's save_pretrained wrote"
@@ -647,9 +631,7 @@ def expected_soft_prompt(hidden_size: int | None) -> str:
 
 def soft_prompt_problem(value: Any, hidden_size: int | None) -> str | None:
     """Why a value has not the type or shape of a soft prompt."""
-    if not isinstance(value, torch.Tensor):
-        return f"holds {describe_tensor(value)}; {expected_soft_prompt(hidden_size)}"
-    dense = value.layout == torch.strided and not value.is_meta and not value.is_nested
+    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_nested)
     if not dense or not value.is_floating_point() or value.dim() not in (1, 2) or value.numel() == 0:
         return f"holds {describe_tensor(value)}; {expected_soft_prompt(hidden_size)}"
     if hidden_size not in (None, value.shape[-1]):
@@ -661,11 +643,7 @@ def soft_prompt_problem(value: Any, hidden_size: int | None) -> str | None:
 
 
 def as_soft_prompt(value: Any, hidden_size: int | None) -> torch.Tensor:
-    """(K, H) fp32 from what was found.
-
-    Raises:
-        ValueError: saying what it is instead.
-    """
+    """(K, H) fp32 from what was found; ValueError where it is something else."""
     problem = soft_prompt_problem(value, hidden_size)
     if problem:
         raise ValueError(problem)
@@ -1118,27 +1096,26 @@ def local_embedding_size(path: str) -> int | None:
         return None
     try:
         return embedding_size(load_config_and_tokenizer(str(folder))[0])
-    except InputError:  # reported when the model is loaded
+    except (InputError, ValueError, ImportError):  # reported when the model is loaded
         return None
 
 
-def context_problems(config, args: ScriptArguments, pairs: Sequence[TokenizedPair]) -> list[str]:
-    """Why the longest prefixed pair does not fit the model."""
+def context_problems(config, args: ScriptArguments, prefix: Prefix, pairs: Sequence[TokenizedPair] = ()) -> list[str]:
+    """Why the prefix, or the longest of the prefixed pairs, does not fit the model."""
     text_config = config.get_text_config()
     context = getattr(text_config, "max_position_embeddings", None)
-    longest = max(len(p.pref_prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
     window = getattr(text_config, "sliding_window", None) if getattr(text_config, "use_sliding_window", True) else None
-    soft = sum(i < 0 for i in pairs[0].pref_prompt_ids)
-    prefix = {
+    soft = prefix.num_virtual_tokens
+    longest = max((len(p.pref_prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs), default=soft)
+    name = {
         "text": "PREFERENCE_TEXT",
         "embedding": f"the {soft} embeddings in PROMPT_EMBEDDING_PATH {args.prompt_embedding_path!r}",
         "ptuning": f"NUM_VIRTUAL_TOKENS {soft}",
     }[args.training_mode]
-    limits = {"context": context, "sliding attention window": window}
     return [
-        f"MAX_LENGTH (--max_length) is {args.max_length}: with the prefix ({prefix}) the longest answer ends at token "
-        f"{longest}, but the model's {name} is {limit} tokens; lower MAX_LENGTH or use a shorter prefix"
-        for name, limit in limits.items()
+        f"MAX_LENGTH (--max_length) is {args.max_length}: with the prefix ({name}) a sequence has {longest} tokens, "
+        f"but the model's {what} is {limit}; use a shorter prefix or lower MAX_LENGTH"
+        for what, limit in (("context", context), ("sliding attention window", window))
         if limit is not None and longest > limit
     ]
 
@@ -1156,30 +1133,34 @@ def load_base_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
         raise InputError(f"{describe('policy_model_path', path)}: it cannot be loaded: {reason}") from error
 
 
-def initial_soft_prompt(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: ScriptArguments
-) -> nn.Embedding:
-    """Where P-tuning starts (K, H), fp32: the token embeddings of PREFERENCE_TEXT, tiled or cut, or of random tokens.
+def initial_ids(args: ScriptArguments, tokenizer: PreTrainedTokenizerBase, config) -> list[int]:
+    """The K tokens from whose embeddings P-tuning starts: those of PREFERENCE_TEXT, tiled or cut, or random ones.
 
     Raises:
         InputError: the tokenizer makes no token of PREFERENCE_TEXT.
     """
-    embed, wanted = model.get_input_embeddings(), args.num_virtual_tokens
-    if args.prompt_init == "text":
-        ids = tokenizer(args.preference_text, add_special_tokens=False).input_ids
-        if not ids:
-            raise InputError(f"{describe('preference_text', args.preference_text)}: the tokenizer makes no token of it")
-        ids = (ids * math.ceil(wanted / len(ids)))[:wanted]
-    else:
-        ids = torch.randint(len(tokenizer), (wanted,)).tolist()
+    wanted = args.num_virtual_tokens
+    if args.prompt_init == "random":
+        generator = torch.Generator().manual_seed(args.seed)
+        known = min(len(tokenizer), config.get_text_config().vocab_size)
+        return torch.randint(known, (wanted,), generator=generator).tolist()
+    ids = tokenizer(args.preference_text, add_special_tokens=False).input_ids
+    if not ids:
+        raise InputError(f"{describe('preference_text', args.preference_text)}: the tokenizer makes no token of it")
+    return (ids * math.ceil(wanted / len(ids)))[:wanted]
+
+
+def soft_prompt_from(model: PreTrainedModel, ids: list[int]) -> nn.Embedding:
+    """A soft prompt (K, H), fp32, of the embeddings of K tokens."""
+    embed = model.get_input_embeddings()
     with torch.no_grad():
-        start = embed(torch.tensor(ids, device=embed.weight.device)).float()
-    return nn.Embedding.from_pretrained(start.clone())
+        return nn.Embedding.from_pretrained(embed(torch.tensor(ids, device=embed.weight.device)).float().clone())
 
 
 def add_soft_prompt(model: PreTrainedModel, soft_prompt: nn.Embedding) -> PeftModel:
     """The frozen base model with a PEFT prompt-tuning adapter whose embeddings are `soft_prompt`, made trainable."""
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=soft_prompt.num_embeddings)
+    num_virtual_tokens, size = soft_prompt.weight.shape
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, token_dim=size)
     policy = get_peft_model(model, config)
     policy.prompt_encoder["default"].embedding = soft_prompt.requires_grad_(True)
     policy.forward = model.forward  # packed rows say where the soft prompt stands; PEFT's forward would add it again
@@ -1336,7 +1317,7 @@ def policy_logps(model: nn.Module, row: PackedRow) -> torch.Tensor:
     return model(packed=row).view(-1, 2)
 
 
-def teacher_logps(model: PeftModel, row: PackedRow) -> torch.Tensor:
+def teacher_logps(model: nn.Module, row: PackedRow) -> torch.Tensor:
     """The policy as a teacher: (P, 2) without gradient or dropout."""
     with frozen(model):
         return policy_logps(model, row)
@@ -1368,7 +1349,7 @@ def unpacked_logps(
     """
     input_ids = torch.tensor([prompt_ids + answer_ids], device=causal_lm.device)
     with frozen(causal_lm), text_attention(causal_lm):
-        inputs = model_inputs(causal_lm, input_ids, soft_prompt)
+        inputs = model_inputs(causal_lm, input_ids, soft_prompt if min(prompt_ids) < 0 else None)
         logits = causal_lm(**inputs).logits[0, len(prompt_ids) - 1 : -1].float()  # (answer, V)
         hidden = causal_lm.get_decoder()(**inputs).last_hidden_state[0, len(prompt_ids) - 1 : -1]
         if not torch.allclose(causal_lm.get_output_embeddings()(hidden).float(), logits, rtol=1e-2, atol=1e-2):
@@ -1810,16 +1791,20 @@ def check_before_training(trainer: PreferenceGuidedDPOTrainer) -> None:
     batch = trainer._prepare_inputs(first_batch(dataset, len(base_logps["base"])))
     reference = reference_logps(model, batch["base"])
     require_close("the reference (adapter off)", reference, "the base model", base_logps["base"], nats=1e-2)
-    again = rounding(model.get_base_model().dtype, dataset.pairs)
-    require_close("the reference pass", batch["ref_logps"], "the reference scored again", reference, again)
+    nats = rounding(model.get_base_model().dtype, dataset.pairs)
+    require_close("the reference pass", batch["ref_logps"], "the reference scored again", reference, nats)
     if trainer.state.global_step > 0:
         return
+    if not trainer.settings.trains_prefix:
+        require_zero_rewards(trainer, batch | {"ref_logps": reference})
     prefixed = teacher_logps(model, batch["pref"])
-    require_close("the policy with the prefix", prefixed, "the base model with it", base_logps["pref"], again)
-    if trainer.settings.trains_prefix:
-        return
-    with frozen(model):
-        metrics = trainer.score(model, batch | {"ref_logps": reference}, guided=False)
+    require_close("the policy with the prefix", prefixed, "the base model with it", base_logps["pref"], nats)
+
+
+def require_zero_rewards(trainer: PreferenceGuidedDPOTrainer, batch: Mapping[str, Any]) -> None:
+    """Raises SelfCheckError unless every reward is 0 and the DPO loss what it is where policy and reference agree."""
+    with frozen(trainer.model):
+        metrics = trainer.score(trainer.model, batch, guided=False)
     reward = max(metrics[name].abs().max().item() for name in ("chosen_reward", "rejected_reward"))
     loss, start = metrics["dpo_loss"].mean().item(), DPO_START[trainer.settings.loss_type]
     if not (reward <= 1e-3 and abs(loss - start) <= 1e-3):
@@ -1837,12 +1822,13 @@ def sample_answers(trainer: PreferenceGuidedDPOTrainer, condition: str, soft_pro
     width = max(map(len, prompts))
     input_ids = torch.tensor([[filler] * (width - len(ids)) + ids for ids in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    context = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
     with frozen(trainer.model), text_attention(causal_lm):
         inputs = model_inputs(causal_lm, input_ids, soft_prompt)
         answers = causal_lm.generate(
             **inputs,
             attention_mask=mask,
-            max_new_tokens=SAMPLE_TOKENS,
+            max_new_tokens=max(1, min(SAMPLE_TOKENS, context - width)),
             do_sample=False,
             pad_token_id=filler,
         )
@@ -1912,7 +1898,7 @@ class RunCallback(TrainerCallback):
         if state.is_world_process_zero:
             prompts = [pair.source.prompt for pair in self.trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
             answers = (*self.answers_before, *self.answers(self.trainer.soft_prompt))
-            header = [f"{time}{prefix}" for time in ("before", "after") for prefix in ("", ", with the prefix")]
+            header = [f"{moment}{prefix}" for moment in ("before", "after") for prefix in ("", ", with the prefix")]
             self.trainer.log({SAMPLES_TAG: table(("prompt", *header), zip(prompts, *answers, strict=True))})
 
 
@@ -1955,6 +1941,21 @@ def save_soft_prompt(soft_prompt: nn.Embedding, folder: Path) -> None:
     path, embeddings = folder / SOFT_PROMPT, soft_prompt.weight.detach().float().cpu()
     torch.save({"prompt_embeddings": embeddings}, path)
     require_equal({SOFT_PROMPT: embeddings}, {SOFT_PROMPT: read_soft_prompt(str(path), embeddings.shape[1])}, path)
+
+
+def verify_soft_prompt(trainer: PreferenceGuidedDPOTrainer, folder: Path) -> None:
+    """Raises SelfCheckError unless PEFT with the saved adapter scores an answer as the trained soft prompt does."""
+    pair, base = trainer.eval_dataset.pairs[0], trainer.model.get_base_model()
+    batch = trainer._prepare_inputs(first_batch(trainer.eval_dataset, 1))
+    trained = teacher_logps(trainer.model, batch["pref"])[0, 0]
+    input_ids = torch.tensor([pair.prompt_ids + pair.chosen_ids], device=base.device)
+    reopened = PeftModel.from_pretrained(base, folder)
+    with frozen(reopened), text_attention(base):
+        logits = reopened(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
+    answer = input_ids[0, len(pair.prompt_ids) :]
+    logps = logits[0, -len(answer) - 1 : -1].float().log_softmax(-1).gather(-1, answer[:, None])
+    nats = rounding(base.dtype, [pair])
+    require_close("the adapter opened by PEFT", logps.sum(), "the trained soft prompt", trained, nats)
 
 
 def save_merged(merged: PreTrainedModel, folder: Path) -> None:
@@ -2005,7 +2006,9 @@ def save_run(trainer: PreferenceGuidedDPOTrainer, folder: Path, reports: Mapping
         raise SelfCheckError(f"the tokenizer saved in {folder} differs from the one used in training")
     torch.save(trainer.args, folder / "training_args.bin")
     trainer.state.save_to_json(str(folder / TRAINER_STATE))
-    if not trainer.settings.trains_prefix:
+    if trainer.settings.trains_prefix:
+        verify_soft_prompt(trainer, folder)
+    else:
         merge_policy(trainer, folder)
     (folder / MODEL_CARD).write_text(model_card(trainer, base_path, reports), encoding="utf-8")
 
@@ -2192,20 +2195,20 @@ def is_whole(state: Path) -> bool:
 
 def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]:
     """What a resumed run must share with the interrupted one: settings, ranks, and the data's content."""
-    free = ("plan", "resume", "overwrite", "output_dir", "log_dir", "eval_steps")
+    free = ("plan", "resume", "overwrite", "output_dir", "log_dir", "eval_steps", *NOT_USED[args.training_mode])
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
     digests = {
         f"{split} data": hashlib.sha256(path.read_bytes()).hexdigest() for split, path in args.dataset_paths.items()
     }
     if args.prompt_embedding_path:
-        embeddings = read_soft_prompt(args.prompt_embedding_path)
-        digests["soft prompt"] = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()
+        file = soft_prompt_file(Path(args.prompt_embedding_path).expanduser())
+        digests["content of prompt_embedding_path"] = hashlib.sha256(file.read_bytes()).hexdigest()
     return settings | {"ranks": devices.ranks} | digests
 
 
-def record_settings(args: ScriptArguments, devices: Devices) -> None:
+def record_settings(args: ScriptArguments, settings: Mapping[str, Any]) -> None:
     """Writes the file that makes the output folder this run's."""
-    record = json.dumps(recorded_settings(args, devices), ensure_ascii=False, indent=1)
+    record = json.dumps(settings, ensure_ascii=False, indent=1)
     (args.output_path / RUN_SETTINGS).write_text(record, encoding="utf-8")
 
 
@@ -2214,10 +2217,10 @@ def resume_problems(args: ScriptArguments, devices: Devices) -> list[str]:
     recorded = json.loads((args.output_path / RUN_SETTINGS).read_text(encoding="utf-8"))
     current = json.loads(json.dumps(recorded_settings(args, devices)))
     return [
-        f"RESUME is true, but the interrupted run had {name.upper()} {recorded.get(name)!r}, not {value!r}; "
+        f"RESUME is true, but the interrupted run had {name.upper()} {recorded[name]!r}, not {value!r}; "
         "set it back, or OVERWRITE=true and RESUME=false to start anew"
         for name, value in current.items()
-        if recorded.get(name) != value
+        if name in recorded and recorded[name] != value
     ]
 
 
@@ -2372,7 +2375,9 @@ def describe_prefix(args: ScriptArguments) -> str:
     if args.training_mode == "text":
         return args.preference_text or "(empty: the prefixed prompt is the plain one)"
     if args.training_mode == "embedding":
-        return f"{len(read_soft_prompt(args.prompt_embedding_path))} soft embeddings from {args.prompt_embedding_path}"
+        embeddings = read_soft_prompt(args.prompt_embedding_path, local_embedding_size(args.policy_model_path))
+        known = "the" if embeddings is None else len(embeddings)
+        return f"{known} soft embeddings from {args.prompt_embedding_path}"
     start = repr(args.preference_text) if args.prompt_init == "text" else "random tokens"
     return f"{args.num_virtual_tokens} soft embeddings, to be trained; they start from {start}"
 
@@ -2483,23 +2488,22 @@ def train(
     with hf_args.main_process_first():
         model_path = resolve_model_path(args.policy_model_path)
     config, tokenizer = load_config_and_tokenizer(model_path)
-    embeddings = None
-    if args.training_mode == "embedding":
-        embeddings = read_soft_prompt(args.prompt_embedding_path, embedding_size(config))
-    tokenize = PairTokenizer(tokenizer, prefix_of(args, embeddings), args.max_length, args.max_prompt_length)
+    prefix, start = choose_prefix(args, config, tokenizer)
+    tokenize = PairTokenizer(tokenizer, prefix, args.max_length, args.max_prompt_length)
     datasets = {split: PairDataset(tokenize_pairs(pairs[split], reports[split], tokenize)) for split in pairs}
-    problems = context_problems(config, args, [pair for dataset in datasets.values() for pair in dataset.pairs])
+    problems = context_problems(config, args, prefix, [pair for dataset in datasets.values() for pair in dataset.pairs])
     if problems:
         raise InputError(*problems)
     if is_main:
         print_data_report(reports, datasets, tokenizer)
-    built = build_policy(args, hf_args, model_path, tokenizer, embeddings, datasets["train"])
+    model, soft_prompt, base_logps = build_policy(args, hf_args, model_path, start, datasets["train"])
     if is_main:
         locks = [lock_folder("output_dir", args.output_path), lock_folder("log_dir", args.log_path)]
+        settings = recorded_settings(args, devices)  # reads the input files, before anything is moved
         earlier = None if args.resume else make_way(args)
-        record_settings(args, devices)
+        record_settings(args, settings)
     trainer = PreferenceGuidedDPOTrainer(
-        built.model, hf_args, args, datasets["train"], datasets["test"], tokenizer, built.base_logps, built.soft_prompt
+        model, hf_args, args, datasets["train"], datasets["test"], tokenizer, base_logps, soft_prompt
     )
     trainer.add_callback(RunCallback(trainer))
     trainer.add_callback(TagCallback(args.log_path, hyperparameters(args)))
@@ -2517,39 +2521,50 @@ def train(
     trainer.end()
 
 
-def prefix_of(args: ScriptArguments, embeddings: torch.Tensor | None) -> Prefix:
-    """What guides: the text, the soft prompt (K, H) that was read, or the one that will be trained."""
-    if args.training_mode == "text":
-        return Prefix(args.preference_text)
-    return Prefix(num_virtual_tokens=args.num_virtual_tokens if embeddings is None else len(embeddings))
+def choose_prefix(
+    args: ScriptArguments, config, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Prefix, torch.Tensor | list[int] | None]:
+    """What guides, and the soft prompt (K, H) that was read or the K token ids from which P-tuning starts.
 
-
-class BuiltPolicy(NamedTuple):
-    """What is trained, and what its self-checks need."""
-
-    model: PeftModel
-    soft_prompt: nn.Embedding | None
-    base_logps: dict[str, torch.Tensor]  # (P, 2) of the first training pairs, "base" and "pref", before training
+    Raises:
+        InputError: there is no such soft prompt, or it does not fit the model's context.
+    """
+    start = None
+    if args.training_mode == "embedding":
+        start = read_soft_prompt(args.prompt_embedding_path, embedding_size(config))
+    elif args.trains_prefix:
+        start = initial_ids(args, tokenizer, config)
+    prefix = Prefix(args.preference_text) if start is None else Prefix(num_virtual_tokens=len(start))
+    problems = context_problems(config, args, prefix)
+    if problems:
+        raise InputError(*problems)
+    return prefix, start
 
 
 def build_policy(
     args: ScriptArguments,
     hf_args: TrainingArguments,
     model_path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    embeddings: torch.Tensor | None,
+    start: torch.Tensor | list[int] | None,
     dataset: PairDataset,
-) -> BuiltPolicy:
-    """The policy and the base model's log-probabilities of the first training pairs, checked against its own forward.
+) -> tuple[PeftModel, nn.Embedding | None, dict[str, torch.Tensor]]:
+    """What is trained, its soft prompt, and the base model's log-probabilities (P, 2) of the first training pairs.
+
+    The latter, plain ("base") and with the prefix ("pref"), are checked against the model's own forward.
+
+    Args:
+        start: the soft prompt (K, H) of embedding mode, or the K token ids from which P-tuning starts.
 
     Raises:
         SelfCheckError: the packed forward does not give what the model's own forward gives.
     """
     transformers.set_seed(args.seed)
     model = load_base_model(model_path, precision_dtype(args.precision, not hf_args.use_cpu)).to(hf_args.device)
-    soft_prompt = None if embeddings is None else nn.Embedding.from_pretrained(embeddings).to(hf_args.device)
-    if args.trains_prefix:
-        soft_prompt = initial_soft_prompt(model, tokenizer, args)
+    soft_prompt = None
+    if args.training_mode == "embedding":
+        soft_prompt = nn.Embedding.from_pretrained(start).to(hf_args.device)
+    elif args.trains_prefix:
+        soft_prompt = soft_prompt_from(model, start)
     enable_packed_forward(model, soft_prompt)
     batch = first_batch(dataset, args.pairs_per_forward)
     base_logps = {
@@ -2558,7 +2573,7 @@ def build_policy(
     compared = {condition: logps[:COMPARED_PAIRS] for condition, logps in base_logps.items()}
     check_packed_forward(model, dataset.pairs[: len(compared["base"])], compared, soft_prompt)
     policy = add_soft_prompt(model, soft_prompt) if args.trains_prefix else add_adapter(model, args)
-    return BuiltPolicy(policy, soft_prompt, base_logps)
+    return policy, soft_prompt, base_logps
 
 
 def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
@@ -2591,7 +2606,7 @@ def print_result(trainer: PreferenceGuidedDPOTrainer) -> None:
         tag = TAGS[name][1]
         print(f"  {name:<20} {first[tag]:>8.4f} {last[tag]:>8.4f}")
     if trainer.settings.trains_prefix:
-        path = Path(trainer.args.output_dir) / SOFT_PROMPT
+        path = shlex.quote(f"{trainer.args.output_dir}/{SOFT_PROMPT}")
         print(f"next, with an OUTPUT_DIR of its own: TRAINING_MODE=embedding PROMPT_EMBEDDING_PATH={path}")
     print("what was saved was opened again and equals what was trained", flush=True)
 

@@ -25,7 +25,7 @@ SABOTAGE = {
             return policy
         T.add_adapter = add_adapter
         """,
-        "the policy with the prefix and of the base model with it differ",
+        "the policy does not start as the reference",
     ),
     "base weights changed behind the adapter": (
         """
@@ -139,11 +139,11 @@ def scale(parameter, factor):
         parameter.mul_(factor)
 
 
-def tilt_adapter(trainer, std):
+def tilt_adapter(trainer):
     torch.manual_seed(0)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=std)
+            torch.nn.init.normal_(parameter, std=3e-5)
 
 
 def without_soft(causal_lm, input_ids, soft_prompt):
@@ -153,9 +153,8 @@ def without_soft(causal_lm, input_ids, soft_prompt):
 PREFIXED, PLAIN = "the policy with the prefix and of the base model with it differ", "the reference pass and of the"
 # (mode, what is broken) → (what breaks it, the words of the error)
 BROKEN = {
-    ("text", "a tilted adapter"): (lambda t, patch: tilt_adapter(t, 0.1), PREFIXED),
-    ("text", "a slightly tilted one"): (lambda t, patch: tilt_adapter(t, 3e-5), "does not start as the reference"),
-    ("embedding", "a tilted adapter"): (lambda t, patch: tilt_adapter(t, 0.1), PREFIXED),
+    ("text", "a tilted adapter"): (lambda t, patch: tilt_adapter(t), "does not start as the reference"),
+    ("embedding", "a tilted adapter"): (lambda t, patch: tilt_adapter(t), "does not start as the reference"),
     ("embedding", "another soft prompt"): (lambda t, patch: scale(t.soft_prompt.weight, 1.5), PREFIXED),
     ("embedding", "no soft prompt"): (lambda t, patch: patch.setattr(T, "model_inputs", without_soft), PREFIXED),
     ("ptuning", "another soft prompt"): (lambda t, patch: scale(t.soft_prompt.weight, 1.5), PREFIXED),

@@ -1,10 +1,12 @@
 """Model: what a model path may be, what fits the model, and the bundled model's conversion."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import PREFERENCE, make_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OPTConfig, Qwen2Config
 
 import train_with_preference_prompt as T
@@ -96,12 +98,42 @@ def test_the_longest_pair_with_its_prefix_must_fit_the_model(tokenizer, pairs, m
     config = Qwen2Config(use_sliding_window=True)
     config.max_position_embeddings = config.sliding_window = 10_000
     setattr(config, limit, longest)
-    assert T.context_problems(config, args, done) == []
+    assert T.context_problems(config, args, prefix, done) == []
     setattr(config, limit, longest - 1)
-    assert T.context_problems(config, args, done) == [
-        f"MAX_LENGTH (--max_length) is 77: with the prefix ({MODES[mode].format(soft)}) the longest answer ends at "
-        f"token {longest}, but the model's {name} is {longest - 1} tokens; lower MAX_LENGTH or use a shorter prefix"
+    assert T.context_problems(config, args, prefix, done) == [
+        f"MAX_LENGTH (--max_length) is 77: with the prefix ({MODES[mode].format(soft)}) a sequence has {longest} "
+        f"tokens, but the model's {name} is {longest - 1}; use a shorter prefix or lower MAX_LENGTH"
     ]
+
+
+def test_what_guides_in_each_mode(tmp_path, tokenizer, model):
+    args, config = T.ScriptArguments(preference_text="Be kind.", num_virtual_tokens=5), model.config
+    assert T.choose_prefix(args, config, tokenizer) == (T.Prefix("Be kind."), None)
+    prefix, ids = T.choose_prefix(dataclasses.replace(args, training_mode="ptuning"), config, tokenizer)
+    assert prefix == T.Prefix(num_virtual_tokens=5) and len(ids) == 5
+    torch.save(torch.ones(3, 32), tmp_path / "soft.pt")
+    changes = {"training_mode": "embedding", "prompt_embedding_path": str(tmp_path / "soft.pt")}
+    prefix, embeddings = T.choose_prefix(dataclasses.replace(args, **changes), config, tokenizer)
+    assert prefix == T.Prefix(num_virtual_tokens=3) and torch.equal(embeddings, torch.ones(3, 32))
+
+
+def test_ptuning_of_a_model_with_narrow_embeddings_writes_what_peft_can_open(tmp_path):
+    """OPT-350m's shape: PEFT takes the hidden size for the embeddings' unless it is told."""
+    sizes = dict(hidden_size=64, word_embed_proj_dim=24, ffn_dim=48, num_attention_heads=4, num_hidden_layers=1)
+    base = AutoModelForCausalLM.from_config(OPTConfig(vocab_size=300, max_position_embeddings=64, **sizes))
+    soft = T.soft_prompt_from(base, [5, 6, 7])
+    T.add_soft_prompt(base, soft).save_pretrained(tmp_path)
+    opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_config(base.config), tmp_path)
+    assert torch.equal(opened.prompt_encoder["default"].embedding.weight, soft.weight)
+
+
+def test_a_soft_prompt_that_fills_the_context_is_refused_before_anything_is_tokenised(tmp_path, tokenizer):
+    """A whole embedding table given by mistake must not become a list of ids for every pair."""
+    torch.save(torch.zeros(1025, 32), tmp_path / "table.pt")
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, max_position_embeddings=1024)
+    args = T.ScriptArguments(training_mode="embedding", prompt_embedding_path=str(tmp_path / "table.pt"))
+    with pytest.raises(T.InputError, match=r"the 1025 embeddings in PROMPT_EMBEDDING_PATH .* context is 1024"):
+        T.choose_prefix(args, config, tokenizer)
 
 
 @pytest.mark.parametrize(

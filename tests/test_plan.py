@@ -412,16 +412,18 @@ def test_a_soft_prompt_in_the_output_folder_stops_only_a_run_that_must_make_way(
 
 @pytest.mark.parametrize("value", [1.0, 2.0])
 def test_a_resumed_run_needs_the_same_soft_prompt(tmp_path, value):
-    """Its content counts, not how the file holds it."""
     data = {f"{split}_dataset_path": str(write_rows(tmp_path / split, ROWS)) for split in ("train", "test")}
     soft = tmp_path / "soft.pt"
     args = settings(tmp_path, training_mode="embedding", prompt_embedding_path=str(soft), **data)
     torch.save({"prompt_embeddings": torch.ones(3, 32)}, soft)
     (tmp_path / "out/run").mkdir(parents=True)
     (tmp_path / "out/run/run_settings.json").write_text(json.dumps(T.recorded_settings(args, ONE_RANK)))
-    torch.save(torch.full((3, 32), value, dtype=torch.float64), soft)
+    torch.save({"prompt_embeddings": torch.full((3, 32), value)}, soft)
+    args.preference_text, args.ptuning_learning_rate = "Another.", 0.5  # no part in embedding mode
     found = T.resume_problems(args, ONE_RANK)
-    assert (len(found), all("had SOFT PROMPT" in line for line in found)) == (int(value != 1.0), True)
+    assert len(found) == int(value != 1.0)
+    assert all("had CONTENT OF PROMPT_EMBEDDING_PATH" in line for line in found)
+    args = settings(tmp_path, training_mode="embedding", prompt_embedding_path=str(soft), **data)
     args.training_mode, args.prompt_embedding_path = "text", ""
     assert {line.split(" had ")[1].split(" '")[0] for line in T.resume_problems(args, ONE_RANK)} == {
         "TRAINING_MODE",
@@ -503,6 +505,20 @@ def test_all_problems_of_files_and_devices_are_reported_together(ready, tmp_path
     for start in expected:
         assert sum(line.startswith(f"- {start}") for line in lines) == 1, start
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_a_soft_prompt_that_only_the_models_size_tells_apart_can_be_planned_with(ready, tiny_run, tmp_path, local):
+    """Two tensors without a known name: the model's 32 decides; a model of the hub is not asked before it is there."""
+    soft = tmp_path / "soft.pt"
+    torch.save({"mine": torch.ones(3, 32), "wider": torch.ones(5, 33)}, soft)
+    model = tiny_run["POLICY_MODEL_PATH"] if local else "someone/some-model"
+    changes = {"training_mode": "embedding", "prompt_embedding_path": str(soft), "policy_model_path": model}
+    args = T.ScriptArguments(**{**ready, **changes})
+    devices, _, reports = T.check_inputs(args)
+    plan = T.describe_plan(args, devices, reports)
+    assert f"{3 if local else 'the'} soft embeddings from {soft}" in plan
+    assert T.recorded_settings(args, devices)["content of prompt_embedding_path"]
 
 
 @pytest.mark.parametrize(
@@ -631,7 +647,7 @@ def soft_path(tmp_path):
 
 
 def plan_of(mode: str, soft_path: str, **changes) -> dict[str, str]:
-    path = {"prompt_embedding_path": soft_path} if mode == "embedding" else {}
+    path = {"prompt_embedding_path": soft_path, "policy_model_path": "a/model"} if mode == "embedding" else {}
     return plan(training_mode=mode, **path, **changes)
 
 

@@ -75,15 +75,6 @@ def test_further_fields_of_a_message_are_kept():
     assert message == {"role": "user", "content": "Answer plainly.\n\nIs the earth flat?", "name": "Ada"}
 
 
-def test_what_guides_in_each_mode():
-    args = T.ScriptArguments(preference_text="Be kind.", num_virtual_tokens=5)
-    assert T.prefix_of(args, None) == T.Prefix("Be kind.")
-    args.training_mode = "embedding"
-    assert T.prefix_of(args, VALUES) == T.Prefix(num_virtual_tokens=3)
-    args.training_mode = "ptuning"
-    assert T.prefix_of(args, None) == T.Prefix(num_virtual_tokens=5)
-
-
 def test_virtual_ids_count_down_from_minus_one():
     assert T.Prefix(num_virtual_tokens=3).virtual_ids == [-1, -2, -3]
     assert PREFIX.virtual_ids == T.Prefix().virtual_ids == []
@@ -178,7 +169,7 @@ def test_peft_folders_are_read(tmp_path, kind, safe, name):
 def test_a_path_below_home_and_any_hidden_size(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.save(VALUES[:, :5].clone(), tmp_path / "soft.pt")
-    assert torch.equal(T.read_soft_prompt("~/soft.pt"), VALUES[:, :5])
+    assert torch.equal(T.read_soft_prompt("~/soft.pt", None), VALUES[:, :5])
 
 
 # --- soft prompts that cannot

@@ -179,6 +179,13 @@ def test_tokenizer_and_training_args_reload(run):
     assert isinstance(saved, TrainingArguments) and saved.learning_rate == 0.01
 
 
+def test_no_shared_memory_stays_behind(run):
+    """DeepSpeed's communication buffer on a CPU would take 69 MB of RAM after every run."""
+    ports = {re.search(r"--master_port=(\d+)", run[which].stderr)[1] for which in ("first", "second")}
+    names = [path.name for port in ports for path in Path("/dev/shm").glob(f"deepspeed_*_{port}_*")]
+    assert len(ports) == 2 and names == []
+
+
 def test_the_model_card_says_what_was_done(run):
     card = (run["output"] / "README.md").read_text(encoding="utf-8")
     for phrase in ("library_name: peft", "train.jsonl", "| beta | 0.05 |", "rewards_eval/accuracy", "请简短"):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from conftest import PREFERENCE, PROJECT, launch, make_model, output_of, series, train
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -296,9 +295,8 @@ def test_the_distilled_policy_needs_no_prefix(distilled, tiny_run, tokenizer, sa
 
 def start(tokenizer, seed=0, **settings):
     model = make_model("llama", len(tokenizer))
-    transformers.set_seed(seed)
-    soft = T.initial_soft_prompt(model, tokenizer, T.ScriptArguments(training_mode="ptuning", **settings))
-    return soft.weight, model.get_input_embeddings().weight
+    ids = T.initial_ids(T.ScriptArguments(training_mode="ptuning", seed=seed, **settings), tokenizer, model.config)
+    return T.soft_prompt_from(model, ids).weight, model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("size", [1, 3, 50])
