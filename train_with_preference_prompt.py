@@ -353,8 +353,9 @@ def argument_problems(args: ScriptArguments) -> list[str]:
         )
     if args.training_mode != "embedding" and args.prompt_embedding_path:
         problems.append(
-            f"{describe('prompt_embedding_path', args.prompt_embedding_path)}: only TRAINING_MODE=embedding reads a "
-            f"soft prompt, and TRAINING_MODE is {args.training_mode!r}; empty the one or change the other"
+            f"{describe('prompt_embedding_path', args.prompt_embedding_path)}: "
+            f"only TRAINING_MODE=embedding reads a soft prompt, and TRAINING_MODE is {args.training_mode!r}; "
+            "empty the one or change the other"
         )
     if args.trains_prefix and args.prompt_init == "text" and not args.preference_text.strip():
         problems.append(

@@ -71,6 +71,18 @@ SABOTAGE = {
         """,
         "the policy with the prefix and of the base model with it differ",
     ),
+    "a soft prompt that PEFT opens otherwise": (
+        """
+        sys.argv += ["--training_mode", "ptuning"]
+        open_adapter = T.PeftModel.from_pretrained
+        def from_pretrained(*args, **options):
+            policy = open_adapter(*args, **options)
+            policy.prompt_encoder["default"].embedding.weight.data.mul_(1.5)
+            return policy
+        T.PeftModel.from_pretrained = from_pretrained
+        """,
+        "the adapter opened by PEFT and of the trained soft prompt differ",
+    ),
 }
 
 

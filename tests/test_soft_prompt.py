@@ -150,13 +150,18 @@ def settings_of(mode, embedding):
     return PTUNING if mode == "ptuning" else embedding
 
 
+def zero(stage, folder):
+    """ds_config.json with another ZeRO stage."""
+    config = json.loads((PROJECT / "ds_config.json").read_text())
+    assert config["zero_optimization"]["stage"] == 2
+    config["zero_optimization"]["stage"] = stage
+    (folder / "zero.json").write_text(json.dumps(config))
+    return {"DS_CONFIG": str(folder / "zero.json")}
+
+
 @pytest.mark.parametrize("mode", ["ptuning", "embedding"])
 def test_zero_1_and_checkpointed_activations_change_no_update(mode, tuned, distilled, tiny_run, embedding, tmp_path):
-    config = json.loads((PROJECT / "ds_config.json").read_text())
-    assert config["zero_optimization"].pop("stage") == 2
-    config["zero_optimization"]["stage"] = 1
-    (tmp_path / "zero_1.json").write_text(json.dumps(config))
-    changed = {"DS_CONFIG": str(tmp_path / "zero_1.json"), "GRADIENT_CHECKPOINTING": "true"}
+    changed = {**zero(1, tmp_path), "GRADIENT_CHECKPOINTING": "true"}
     finished(train({**tiny_run, **settings_of(mode, embedding), **changed}, tmp_path))
     whole = tuned if mode == "ptuning" else distilled
     for tag in TRAJECTORY:
@@ -177,14 +182,16 @@ def test_bf16_stays_near_fp32(mode, tuned, distilled, tiny_run, embedding, tmp_p
 
 
 @pytest.mark.skipif((T.os.cpu_count() or 1) < 2, reason="two ranks need two cores")
-def test_two_ranks_tune_as_one(tuned, tiny_run, tmp_path):
+@pytest.mark.parametrize(("mode", "stage"), [("ptuning", 2), ("embedding", 1)])
+def test_two_ranks_train_as_one(mode, stage, tuned, distilled, embedding, tiny_run, tmp_path):
     """The 5 test pairs leave a rank with nothing but a filler."""
-    changed = {"GRADIENT_ACCUM_STEPS": str(UPDATE // 2), "CPU_RANKS": "2"}
-    result = finished(launch({**tiny_run, **PTUNING, **changed}, cwd=tmp_path))
+    changed = {"GRADIENT_ACCUM_STEPS": str(UPDATE // 2), "CPU_RANKS": "2", **zero(stage, tmp_path)}
+    result = finished(launch({**tiny_run, **settings_of(mode, embedding), **changed}, cwd=tmp_path))
     assert "2 rank(s)" in result.stderr
+    whole = tuned if mode == "ptuning" else distilled
     for tag in TRAJECTORY:
-        torch.testing.assert_close(series(tmp_path, tag), series(tuned, tag), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(soft_prompt(tmp_path), soft_prompt(tuned), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(series(tmp_path, tag), series(whole, tag), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(soft_prompt(tmp_path), soft_prompt(whole), rtol=1e-3, atol=1e-4)
 
 
 def test_resumed_ptuning_gives_the_losses_of_an_uninterrupted_one(tuned, tiny_run, tmp_path):
