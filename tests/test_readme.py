@@ -97,3 +97,20 @@ def test_the_figures_are_the_same_in_both():
         for name in READMES
     }
     assert figures["README.md"] and figures["README.md"] == figures["README.zh-CN.md"]
+
+
+def test_the_table_of_the_soft_prompt_cycle_is_the_same_in_both():
+    numbers = {}
+    for name in READMES:
+        section = next(part for part in TEXT[name].split("\n## ") if "TRAINING_MODE=ptuning" in part)
+        numbers[name] = [re.findall(r"−?\d+(?:\.\d+)?", row) for row in re.findall(r"^\|.*→.*$", section, re.M)]
+    assert len(numbers["README.md"]) == 5 and numbers["README.md"] == numbers["README.zh-CN.md"]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_variables_set_in_commands_are_the_launchers(name):
+    commands = [piece for piece in code(TEXT[name]) if piece.endswith("./fast_train.sh") and "=" in piece]
+    assert len(commands) >= 5
+    for command in commands:
+        words = command.split()[:-1]
+        assert words and {word.split("=")[0] for word in words} <= set(DESIGN_VARIABLES), command
