@@ -1302,7 +1302,7 @@ def enable_packed_forward(causal_lm: PreTrainedModel, soft_prompt: nn.Embedding 
 
 
 @contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def inference(model: nn.Module) -> Iterator[None]:
     """No gradient and no dropout."""
     was_training = model.training
     model.eval()
@@ -1320,13 +1320,13 @@ def policy_logps(model: nn.Module, row: PackedRow) -> torch.Tensor:
 
 def teacher_logps(model: nn.Module, row: PackedRow) -> torch.Tensor:
     """The policy as a teacher: (P, 2) without gradient or dropout."""
-    with frozen(model):
+    with inference(model):
         return policy_logps(model, row)
 
 
 def reference_logps(model: PeftModel, row: PackedRow) -> torch.Tensor:
     """The reference, which is the policy with its adapter switched off: (P, 2) without gradient or dropout."""
-    with frozen(model), model.disable_adapter():
+    with inference(model), model.disable_adapter():
         return policy_logps(model, row)
 
 
@@ -1349,7 +1349,7 @@ def unpacked_logps(
         SelfCheckError: the model changes its logits after the output embeddings, which packed rows do not.
     """
     input_ids = torch.tensor([prompt_ids + answer_ids], device=causal_lm.device)
-    with frozen(causal_lm), text_attention(causal_lm):
+    with inference(causal_lm), text_attention(causal_lm):
         inputs = model_inputs(causal_lm, input_ids, soft_prompt if min(prompt_ids) < 0 else None)
         logits = causal_lm(**inputs).logits[0, len(prompt_ids) - 1 : -1].float()  # (answer, V)
         hidden = causal_lm.get_decoder()(**inputs).last_hidden_state[0, len(prompt_ids) - 1 : -1]
@@ -1377,7 +1377,7 @@ def preference_consistency_loss(base_margins: torch.Tensor, pref_margins: torch.
     return F.relu(pref_margins.detach() - base_margins)
 
 
-def margins(logps: torch.Tensor) -> torch.Tensor:
+def margins_of(logps: torch.Tensor) -> torch.Tensor:
     """Δ = log π(y_w) − log π(y_l), (P,) from (P, 2)."""
     return logps[:, 0] - logps[:, 1]
 
@@ -1389,22 +1389,22 @@ def reward_metrics(policy: torch.Tensor, reference: torch.Tensor, beta: float) -
         "accuracy": (rewards[:, 0] > rewards[:, 1]).float(),
         "chosen_reward": rewards[:, 0],
         "rejected_reward": rewards[:, 1],
-        "reward_margin": margins(rewards),
+        "reward_margin": margins_of(rewards),
     }
 
 
 def condition_metrics(plain: torch.Tensor, prefixed: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """What is reported of log π(y|x) and, where it was scored, of log π(y|p, x), each (P, 2)."""
     plain = plain.detach()
-    metrics = {"base_margin": margins(plain), "chosen_logps": plain[:, 0], "rejected_logps": plain[:, 1]}
+    metrics = {"base_margin": margins_of(plain), "chosen_logps": plain[:, 0], "rejected_logps": plain[:, 1]}
     if prefixed is None:
         return metrics
     prefixed = prefixed.detach()
-    advantage = margins(prefixed) - margins(plain)
+    advantage = margins_of(prefixed) - margins_of(plain)
     return metrics | {
-        "aligned_loss": preference_consistency_loss(margins(plain), margins(prefixed)),
+        "aligned_loss": preference_consistency_loss(margins_of(plain), margins_of(prefixed)),
         "pref_advantage": advantage,
-        "pref_margin": margins(prefixed),
+        "pref_margin": margins_of(prefixed),
         "active_fraction": (advantage > 0).float(),
         "pref_chosen_logps": prefixed[:, 0],
         "pref_rejected_logps": prefixed[:, 1],
@@ -1431,9 +1431,9 @@ def preference_guided_loss(
     Returns:
         Metric name → (P,). Only `loss` = dpo_loss + α · aligned_loss carries a gradient.
     """
-    loss = dpo_loss = DPO_LOSSES[loss_type](margins(policy) - margins(reference), beta)
+    loss = dpo_loss = DPO_LOSSES[loss_type](margins_of(policy) - margins_of(reference), beta)
     if teacher is not None:
-        loss = dpo_loss + alpha * preference_consistency_loss(margins(policy), margins(teacher))
+        loss = dpo_loss + alpha * preference_consistency_loss(margins_of(policy), margins_of(teacher))
     metrics = reward_metrics(policy, reference, beta) | condition_metrics(policy, teacher)
     return {"loss": loss, "dpo_loss": dpo_loss.detach(), **metrics}
 
@@ -1452,7 +1452,7 @@ def ptuning_loss(
     Returns:
         Metric name → (P,). Only `loss` carries a gradient; `aligned_loss` is what there is to distil afterwards.
     """
-    loss = DPO_LOSSES[loss_type](margins(prefixed) - margins(reference), beta)
+    loss = DPO_LOSSES[loss_type](margins_of(prefixed) - margins_of(reference), beta)
     metrics = reward_metrics(prefixed, reference, beta) | condition_metrics(reference, prefixed)
     return {"loss": loss, "dpo_loss": loss.detach(), **metrics}
 
@@ -1679,7 +1679,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
     def evaluation_loop(self, dataloader, description, *args, **kwargs):
         """Means over every pair of the test set, each counted once; the prefixed condition is always scored here."""
         sums, self.callback_handler.eval_dataloader = MetricSums(), dataloader
-        with frozen(self.model):
+        with inference(self.model):
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
                 sums.add(self.score(self.model, batch, guided=True), batch["weights"])
@@ -1804,7 +1804,7 @@ def check_before_training(trainer: PreferenceGuidedDPOTrainer) -> None:
 
 def require_zero_rewards(trainer: PreferenceGuidedDPOTrainer, batch: Mapping[str, Any]) -> None:
     """Raises SelfCheckError unless every reward is 0 and the DPO loss what it is where policy and reference agree."""
-    with frozen(trainer.model):
+    with inference(trainer.model):
         metrics = trainer.score(trainer.model, batch, guided=False)
     reward = max(metrics[name].abs().max().item() for name in ("chosen_reward", "rejected_reward"))
     loss, start = metrics["dpo_loss"].mean().item(), DPO_START[trainer.settings.loss_type]
@@ -1824,7 +1824,7 @@ def sample_answers(trainer: PreferenceGuidedDPOTrainer, condition: str, soft_pro
     input_ids = torch.tensor([[filler] * (width - len(ids)) + ids for ids in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     context = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    with frozen(trainer.model), text_attention(causal_lm):
+    with inference(trainer.model), text_attention(causal_lm):
         inputs = model_inputs(causal_lm, input_ids, soft_prompt)
         answers = causal_lm.generate(
             **inputs,
@@ -1951,7 +1951,7 @@ def verify_soft_prompt(trainer: PreferenceGuidedDPOTrainer, folder: Path) -> Non
     trained = teacher_logps(trainer.model, batch["pref"])[0, 0]
     input_ids = torch.tensor([pair.prompt_ids + pair.chosen_ids], device=base.device)
     reopened = PeftModel.from_pretrained(base, folder)
-    with frozen(reopened), text_attention(base):
+    with inference(reopened), text_attention(base):
         logits = reopened(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
     answer = input_ids[0, len(pair.prompt_ids) :]
     logps = logits[0, -len(answer) - 1 : -1].float().log_softmax(-1).gather(-1, answer[:, None])

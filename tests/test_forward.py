@@ -305,7 +305,7 @@ def test_the_guided_loss_gives_the_soft_prompt_no_gradient(tokenizer, tokenized)
     policy = T.add_adapter(causal_lm, T.ScriptArguments(lora_r=4, lora_dropout=0.0)).train()
     teacher = T.teacher_logps(policy, pack(with_soft_prefix(tokenized), "pref_prompt_ids"))
     plain = T.policy_logps(policy, pack(tokenized))
-    assert (T.margins(teacher) > T.margins(plain)).any()  # the consistency loss is active
+    assert (T.margins_of(teacher) > T.margins_of(plain)).any()  # the consistency loss is active
     guided_mean(plain, teacher).backward()
     assert not soft.weight.grad.any() and all(p is not soft.weight for p in policy.parameters())
     assert max(p.grad.abs().max() for name, p in policy.named_parameters() if "lora_B" in name) > 1e-3
