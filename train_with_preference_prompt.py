@@ -86,7 +86,7 @@ PLACEHOLDER = "\ue000\ue001"  # private-use characters: stand for a text that is
 RUN_SETTINGS = "run_settings.json"  # written first: a folder that has it holds a run of this program
 MODEL_CARD = "README.md"  # written last: then the run is finished
 MERGED_WEIGHTS, MERGED_FOLDER = "pytorch_model.bin", "merged"
-SOFT_PROMPT = "prompt_embeddings.pt"
+SOFT_PROMPT, MAX_VIRTUAL_TOKENS = "prompt_embeddings.pt", 4096
 ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 TRAINER_STATE = "trainer_state.json"
 
@@ -210,6 +210,12 @@ class ScriptArguments:
         return self.training_mode == "ptuning"
 
     @property
+    def not_used(self) -> tuple[str, ...]:
+        """The settings that have no part in this mode."""
+        random_start = self.trains_prefix and self.prompt_init == "random"
+        return NOT_USED[self.training_mode] + (("preference_text",) if random_start else ())
+
+    @property
     def conditions(self) -> tuple[str, ...]:
         """What a training step scores: the plain pairs, those with the prefix, or both (α = 0 is plain DPO)."""
         if self.trains_prefix:
@@ -273,7 +279,10 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha": (lambda x: 0 <= x < math.inf, "must be a finite number of at least 0; 0.1 is a good start"),
     "learning_rate": (lambda x: 0 < x < 1, "must lie between 0 and 1; 5e-4 is a good start for LoRA"),
     "ptuning_learning_rate": (lambda x: 0 < x < 1, "must lie between 0 and 1; 3e-2 is a good start"),
-    "num_virtual_tokens": (lambda x: 1 <= x <= 4096, "must be 1 to 4096; 10 to 100 is usual"),
+    "num_virtual_tokens": (
+        lambda x: 1 <= x <= MAX_VIRTUAL_TOKENS,
+        f"must be 1 to {MAX_VIRTUAL_TOKENS}; 10 to 100 is usual",
+    ),
     "warmup_ratio": (lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
     "weight_decay": (lambda x: 0 <= x < math.inf, "must be a finite number of at least 0"),
     "max_grad_norm": (lambda x: 0 < x < math.inf, "must be a finite number above 0; 1.0 is usual"),
@@ -564,8 +573,6 @@ def read_soft_prompt(path: str, hidden_size: int | None) -> torch.Tensor | None:
 def soft_prompt_file(path: Path) -> Path:
     """The file with the tensors, of a PEFT folder the adapter's weights; ValueError where there is none."""
     if path.is_file():
-        if path.stat().st_size == 0:
-            raise ValueError("the file is empty; expected a tensor")
         return path
     if not path.is_dir():
         raise ValueError(f"{'is no regular file' if path.exists() else 'there is no such file'}; name a soft prompt")
@@ -585,15 +592,21 @@ def soft_prompt_file(path: Path) -> Path:
 def open_tensors(file: Path) -> dict[str, Any]:
     """Everything in a tensor file by its key, a bare tensor under the usual one; ValueError for any other file."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), file.open("rb") as opened:
             warnings.simplefilter("ignore")  # torch's guesses about files that are no tensor files
-            found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+            start = opened.read(9)
+            is_safetensors = start[8:] == b"{"  # its header, after the header's length
+            found = load_file(file) if is_safetensors else torch.load(file, "cpu", weights_only=True)
     except PermissionError:
-        raise ValueError("the file cannot be read; check its permissions") from None
+        raise ValueError(f"{file.name} cannot be read; check its permissions") from None
     except Exception as error:  # damaged and hostile bytes raise anything
+        if not start:
+            raise ValueError(f"{file.name} is empty; expected a tensor") from None
         wanted = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
         code = f": it asks to run {wanted[1]!r}, which is refused" if wanted else f" ({type(error).__name__})"
-        raise ValueError(f"is not a file of tensors{code}; write one with torch.save or safetensors") from None
+        raise ValueError(
+            f"{file.name} is not a file of tensors{code}; write one with torch.save or safetensors"
+        ) from None
     if isinstance(found, torch.Tensor):
         return {"prompt_embeddings": found}
     if not isinstance(found, Mapping):
@@ -607,7 +620,7 @@ def pick_soft_prompt(found: Mapping[str, Any], hidden_size: int | None) -> Any:
         raise ValueError(
             "holds a P-tuning encoder, not its embeddings; name the folder that PEFT's save_pretrained wrote"
         )
-    keys = [key for key in found if SOFT_PROMPT_KEY.fullmatch(key)]
+    keys = [key for key, value in found.items() if SOFT_PROMPT_KEY.fullmatch(key) and torch.is_tensor(value)]
     keys = keys or [key for key, value in found.items() if not soft_prompt_problem(value, hidden_size)]
     if len(keys) == 1:
         return found[keys[0]]
@@ -635,6 +648,8 @@ def soft_prompt_problem(value: Any, hidden_size: int | None) -> str | None:
     dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_nested)
     if not dense or not value.is_floating_point() or value.dim() not in (1, 2) or value.numel() == 0:
         return f"holds {describe_tensor(value)}; {expected_soft_prompt(hidden_size)}"
+    if value.dim() == 2 and len(value) > MAX_VIRTUAL_TOKENS:
+        return f"holds {describe_tensor(value)}; a soft prompt has at most {MAX_VIRTUAL_TOKENS} embeddings"
     if hidden_size not in (None, value.shape[-1]):
         return (
             f"holds {describe_tensor(value)}, but the model's embeddings have {hidden_size} numbers, not "
@@ -835,7 +850,8 @@ def describe_example(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) ->
 
     def show(prompt_ids):
         text_ids = [i for i in prompt_ids if i >= 0]
-        soft = f"({len(prompt_ids) - len(text_ids)} soft embeddings)" if len(text_ids) < len(prompt_ids) else ""
+        virtual = len(prompt_ids) - len(text_ids)
+        soft = f"({virtual} soft embedding{'s' * (virtual > 1)})" if virtual else ""
         return f"{soft}{tokenizer.decode(text_ids)}⟦{tokenizer.decode(pair.chosen_ids)}⟧"
 
     return (
@@ -1085,39 +1101,65 @@ def load_config_and_tokenizer(path: str):
 
 
 def embedding_size(config) -> int:
-    """H of the model's input embeddings; it is laid out without weights to see it."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).get_input_embeddings().weight.shape[1]
+    """H of the model's input embeddings; it is laid out without weights to see it.
 
-
-def local_embedding_size(path: str) -> int | None:
-    """The same where the model's configuration is on this machine and can be read; else None."""
-    folder = Path(path).expanduser() if path else BUNDLED_MODEL_DIR
-    if not (folder / "config.json").is_file():
-        return None
+    Raises:
+        InputError: transformers cannot build such a model.
+    """
     try:
-        return embedding_size(load_config_and_tokenizer(str(folder))[0])
-    except (InputError, ValueError, ImportError):  # reported when the model is loaded
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).get_input_embeddings().weight.shape[1]
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{describe('policy_model_path', config.name_or_path)}: it cannot be built: {reason}"
+        ) from error
+
+
+def local_config(path: str) -> Any | None:
+    """The model's configuration where it is on this machine and can be read, else None."""
+    folder = Path(path).expanduser() if path else BUNDLED_MODEL_DIR
+    try:
+        return load_config_and_tokenizer(str(folder))[0] if (folder / "config.json").is_file() else None
+    except InputError:  # reported when the model is loaded
         return None
 
 
-def context_problems(config, args: ScriptArguments, prefix: Prefix, pairs: Sequence[TokenizedPair] = ()) -> list[str]:
-    """Why the prefix, or the longest of the prefixed pairs, does not fit the model."""
-    text_config = config.get_text_config()
-    context = getattr(text_config, "max_position_embeddings", None)
-    window = getattr(text_config, "sliding_window", None) if getattr(text_config, "use_sliding_window", True) else None
-    soft = prefix.num_virtual_tokens
-    longest = max((len(p.pref_prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs), default=soft)
+def context_limits(config) -> dict[str, int]:
+    """How many tokens the model takes, and by what it is limited."""
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    limits = {"context": getattr(config, "max_position_embeddings", None), "sliding attention window": window}
+    return {what: limit for what, limit in limits.items() if limit is not None}
+
+
+def prefix_problems(config, args: ScriptArguments, num_virtual_tokens: int) -> list[str]:
+    """Why a soft prompt alone does not fit the model."""
+    where = describe("num_virtual_tokens", num_virtual_tokens)
+    if args.training_mode == "embedding":
+        where = (
+            f"{describe('prompt_embedding_path', args.prompt_embedding_path)}: holds {num_virtual_tokens} embeddings"
+        )
+    return [
+        f"{where}: they leave no room in the model's {what} of {limit} tokens; use a shorter soft prompt"
+        for what, limit in context_limits(config).items()
+        if num_virtual_tokens >= limit
+    ]
+
+
+def context_problems(config, args: ScriptArguments, prefix: Prefix, pairs: Sequence[TokenizedPair]) -> list[str]:
+    """Why the longest of the prefixed pairs does not fit the model."""
+    longest = max(len(p.pref_prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
     name = {
         "text": "PREFERENCE_TEXT",
-        "embedding": f"the {soft} embeddings in PROMPT_EMBEDDING_PATH {args.prompt_embedding_path!r}",
-        "ptuning": f"NUM_VIRTUAL_TOKENS {soft}",
+        "embedding": f"PROMPT_EMBEDDING_PATH with {prefix.num_virtual_tokens} embeddings",
+        "ptuning": f"NUM_VIRTUAL_TOKENS {prefix.num_virtual_tokens}",
     }[args.training_mode]
     return [
         f"MAX_LENGTH (--max_length) is {args.max_length}: with the prefix ({name}) a sequence has {longest} tokens, "
-        f"but the model's {what} is {limit}; use a shorter prefix or lower MAX_LENGTH"
-        for what, limit in (("context", context), ("sliding attention window", window))
-        if limit is not None and longest > limit
+        f"but the model's {what} is {limit}; lower MAX_LENGTH or use a shorter prefix"
+        for what, limit in context_limits(config).items()
+        if longest > limit
     ]
 
 
@@ -2060,7 +2102,9 @@ def model_card(trainer: PreferenceGuidedDPOTrainer, base_path: str, reports: Map
     first, last = first_and_last_evaluation(trainer)
     data = ((split, r.path, r.usable, r.describe_dropped()) for split, r in reports.items())
     metrics = ((tags[1], f"{first[tags[1]]:.4f}", f"{last[tags[1]]:.4f}") for tags in TAGS.values())
-    settings = dataclasses.asdict(trainer.settings).items()
+    settings = [(n, v) for n, v in dataclasses.asdict(trainer.settings).items() if n not in trainer.settings.not_used]
+    if trainer.soft_prompt is not None:
+        settings.append(("embeddings of the soft prompt", trainer.soft_prompt.num_embeddings))
     method = "prompt-tuning" if trainer.settings.trains_prefix else "lora"
     what, how = CARD_WORDS[method]
     return f"""---
@@ -2196,33 +2240,55 @@ def is_whole(state: Path) -> bool:
 
 def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]:
     """What a resumed run must share with the interrupted one: settings, ranks, and the data's content."""
-    free = ("plan", "resume", "overwrite", "output_dir", "log_dir", "eval_steps", *NOT_USED[args.training_mode])
+    free = (
+        "plan",
+        "resume",
+        "overwrite",
+        "output_dir",
+        "log_dir",
+        "eval_steps",
+        "prompt_embedding_path",
+        *args.not_used,
+    )
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
     digests = {
         f"{split} data": hashlib.sha256(path.read_bytes()).hexdigest() for split, path in args.dataset_paths.items()
     }
     if args.prompt_embedding_path:
         file = soft_prompt_file(Path(args.prompt_embedding_path).expanduser())
-        digests["content of prompt_embedding_path"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return settings | {"ranks": devices.ranks} | digests
+        digests["soft prompt"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return settings | {"ranks": devices.ranks, "content": digests}
 
 
 def record_settings(args: ScriptArguments, settings: Mapping[str, Any]) -> None:
     """Writes the file that makes the output folder this run's."""
-    record = json.dumps(settings, ensure_ascii=False, indent=1)
-    (args.output_path / RUN_SETTINGS).write_text(record, encoding="utf-8")
+    aside = args.output_path / f".{RUN_SETTINGS}"
+    aside.write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
+    aside.replace(args.output_path / RUN_SETTINGS)
 
 
 def resume_problems(args: ScriptArguments, devices: Devices) -> list[str]:
     """Which settings differ from those of the interrupted run in the output folder."""
-    recorded = json.loads((args.output_path / RUN_SETTINGS).read_text(encoding="utf-8"))
+    try:
+        recorded = dict(json.loads((args.output_path / RUN_SETTINGS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        return [
+            f"{describe('output_dir', args.output_dir)}: RESUME is true, but {RUN_SETTINGS} in it is damaged "
+            f"({error}); set RESUME=false and OVERWRITE=true to start anew"
+        ]
     current = json.loads(json.dumps(recorded_settings(args, devices)))
-    return [
-        f"RESUME is true, but the interrupted run had {name.upper()} {recorded[name]!r}, not {value!r}; "
-        "set it back, or OVERWRITE=true and RESUME=false to start anew"
+    before, now = recorded.pop("content", {}), current.pop("content")
+    changed = [
+        f"the interrupted run had {name.upper()} {recorded[name]!r}, not {value!r}; set it back"
         for name, value in current.items()
         if name in recorded and recorded[name] != value
     ]
+    changed += [
+        f"the {name} has changed since the run was interrupted; put the old file back"
+        for name, digest in now.items()
+        if name in before and before[name] != digest
+    ]
+    return [f"RESUME is true, but {what}, or OVERWRITE=true and RESUME=false to start anew" for what in changed]
 
 
 def folder_problems(name: str, folder: Path, value: str) -> list[str]:
@@ -2257,7 +2323,12 @@ def output_problems(args: ScriptArguments) -> list[str]:
         return []
     named = [path for path in (args.policy_model_path, args.prompt_embedding_path) if path]
     inputs = [Path.cwd(), PROJECT_DIR, *map(os.path.expanduser, named), *args.dataset_paths.values()]
-    inside = [path for path in inputs if Path(path).resolve().is_relative_to(folder.resolve())]
+    # A link in the folder counts as well as what lies in it: both would be gone from where they were named.
+    inside = [
+        path
+        for path in inputs
+        if any(Path(place).is_relative_to(folder.resolve()) for place in (os.path.abspath(path), Path(path).resolve()))
+    ]
     return [f"{where}: the run in it must make way, but {path} lies in it; name another folder" for path in inside]
 
 
@@ -2310,6 +2381,22 @@ def problems_of(check: Callable[..., Any], *arguments: Any) -> tuple[Any, list[s
         return None, [f"{error}; check the paths"]
 
 
+def soft_prompt_size(args: ScriptArguments) -> int | None:
+    """K of the soft prompt that guides or is to be trained; None where that needs a model that is not here yet.
+
+    Raises:
+        InputError: it cannot be read, or does not fit the model as far as that is here.
+    """
+    config, size = local_config(args.policy_model_path), args.num_virtual_tokens
+    if args.training_mode == "embedding":
+        embeddings = read_soft_prompt(args.prompt_embedding_path, embedding_size(config) if config else None)
+        size = None if embeddings is None else len(embeddings)
+    problems = prefix_problems(config, args, size) if config and size else []
+    if problems:
+        raise InputError(*problems)
+    return size
+
+
 def check_inputs(args: ScriptArguments) -> tuple[Devices, dict[str, list[Pair]], dict[str, DataReport]]:
     """Everything that can be known before anything is loaded or written.
 
@@ -2330,9 +2417,8 @@ def check_inputs(args: ScriptArguments) -> tuple[Devices, dict[str, list[Pair]],
         read, failed = problems_of(read_pairs, path)
         problems += failed
         pairs[split], reports[split] = read or (None, None)
-    if args.prompt_embedding_path:
-        hidden_size = local_embedding_size(args.policy_model_path)
-        problems += problems_of(read_soft_prompt, args.prompt_embedding_path, hidden_size)[1]
+    if args.training_mode != "text":
+        problems += problems_of(soft_prompt_size, args)[1]
     if args.resume and not problems:
         problems += resume_problems(args, devices)
     if problems:
@@ -2365,7 +2451,7 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
         most = int(reports["train"].usable * args.num_epochs / (10 * devices.ranks))
         lower = f"lower GRADIENT_ACCUM_STEPS to {most} or " if most else ""
         lines["notice"] = f"only {updates} updates: {lower}raise NUM_EPOCHS for ten"
-    idle = [name for name in NOT_USED[args.training_mode] if getattr(args, name) != getattr(ScriptArguments, name)]
+    idle = [name for name in args.not_used if getattr(args, name) != getattr(ScriptArguments, name)]
     if idle:
         lines["not used"] = f"{', '.join(map(str.upper, idle))} (no part in {args.training_mode} mode)"
     return "\n".join(f"  {name:<17} {text}" for name, text in lines.items())
@@ -2375,12 +2461,12 @@ def describe_prefix(args: ScriptArguments) -> str:
     """What guides, in the plan."""
     if args.training_mode == "text":
         return args.preference_text or "(empty: the prefixed prompt is the plain one)"
+    size = soft_prompt_size(args)
+    soft = f"{size or 'the'} soft embedding{'s' * (size != 1)}"
     if args.training_mode == "embedding":
-        embeddings = read_soft_prompt(args.prompt_embedding_path, local_embedding_size(args.policy_model_path))
-        known = "the" if embeddings is None else len(embeddings)
-        return f"{known} soft embeddings from {args.prompt_embedding_path}"
-    start = repr(args.preference_text) if args.prompt_init == "text" else "random tokens"
-    return f"{args.num_virtual_tokens} soft embeddings, to be trained; they start from {start}"
+        return f"{soft} from {args.prompt_embedding_path}"
+    text = f"the tokens of {args.preference_text!r}, cut or repeated"
+    return f"{soft}, to be trained; start: {text if args.prompt_init == 'text' else 'random tokens'}"
 
 
 def describe_output(args: ScriptArguments) -> str:
@@ -2536,7 +2622,7 @@ def choose_prefix(
     elif args.trains_prefix:
         start = initial_ids(args, tokenizer, config)
     prefix = Prefix(args.preference_text) if start is None else Prefix(num_virtual_tokens=len(start))
-    problems = context_problems(config, args, prefix)
+    problems = prefix_problems(config, args, prefix.num_virtual_tokens)
     if problems:
         raise InputError(*problems)
     return prefix, start
@@ -2581,7 +2667,7 @@ def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
     """What TensorBoard's HParams tab compares."""
     undecided = {name for name, (accepted, _) in ONLY.items() if len(accepted) == 1}
     elsewhere = {"plan", "output_dir", "log_dir", "resume", "overwrite", "eval_steps"}
-    left_out = undecided | elsewhere | {"gpu_nodes", "cpu_ranks", "ds_config", *NOT_USED[args.training_mode]}
+    left_out = undecided | elsewhere | {"gpu_nodes", "cpu_ranks", "ds_config", *args.not_used}
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
 
 

@@ -70,7 +70,7 @@ def test_the_adapter_starts_at_zero_and_alone_is_trained(tokenizer):
 
 MODES = {  # mode → what the error calls the prefix, with K soft embeddings
     "text": "PREFERENCE_TEXT",
-    "embedding": "the {} embeddings in PROMPT_EMBEDDING_PATH 'soft.pt'",
+    "embedding": "PROMPT_EMBEDDING_PATH with {} embeddings",
     "ptuning": "NUM_VIRTUAL_TOKENS {}",
 }
 
@@ -102,7 +102,7 @@ def test_the_longest_pair_with_its_prefix_must_fit_the_model(tokenizer, pairs, m
     setattr(config, limit, longest - 1)
     assert T.context_problems(config, args, prefix, done) == [
         f"MAX_LENGTH (--max_length) is 77: with the prefix ({MODES[mode].format(soft)}) a sequence has {longest} "
-        f"tokens, but the model's {name} is {longest - 1}; use a shorter prefix or lower MAX_LENGTH"
+        f"tokens, but the model's {name} is {longest - 1}; lower MAX_LENGTH or use a shorter prefix"
     ]
 
 
@@ -132,8 +132,24 @@ def test_a_soft_prompt_that_fills_the_context_is_refused_before_anything_is_toke
     torch.save(torch.zeros(1025, 32), tmp_path / "table.pt")
     config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, max_position_embeddings=1024)
     args = T.ScriptArguments(training_mode="embedding", prompt_embedding_path=str(tmp_path / "table.pt"))
-    with pytest.raises(T.InputError, match=r"the 1025 embeddings in PROMPT_EMBEDDING_PATH .* context is 1024"):
+    with pytest.raises(T.InputError, match=r"PROMPT_EMBEDDING_PATH .*table.pt': holds 1025 .* context of 1024 tokens"):
         T.choose_prefix(args, config, tokenizer)
+
+
+@pytest.mark.parametrize(("size", "fits"), [(1023, True), (1024, False)])
+def test_a_soft_prompt_without_room_is_found_in_the_check(tiny_run, size, fits):
+    """The tiny model takes 1024 tokens; its configuration is on this machine."""
+    model = tiny_run["POLICY_MODEL_PATH"]
+    args = T.ScriptArguments(training_mode="ptuning", num_virtual_tokens=size, policy_model_path=model)
+    if fits:
+        assert T.soft_prompt_size(args) == size
+    else:
+        with pytest.raises(
+            T.InputError, match=r"NUM_VIRTUAL_TOKENS \(--num_virtual_tokens\) is 1024: they leave no room"
+        ):
+            T.soft_prompt_size(args)
+    elsewhere = dataclasses.replace(args, policy_model_path="someone/some-model")
+    assert T.soft_prompt_size(elsewhere) == size
 
 
 @pytest.mark.parametrize(
@@ -148,15 +164,15 @@ def test_the_size_of_an_embedding(config, size):
     assert T.embedding_size(config) == size
 
 
-def test_the_size_of_a_local_models_embedding(tiny_run, tmp_path, monkeypatch):
-    assert T.local_embedding_size(tiny_run["POLICY_MODEL_PATH"]) == 32
-    assert T.local_embedding_size("Qwen/Qwen2.5-1.5B") is None
+def test_the_configuration_of_a_local_model(tiny_run, tmp_path, monkeypatch):
+    assert T.local_config(tiny_run["POLICY_MODEL_PATH"]).hidden_size == 32
+    assert T.local_config("Qwen/Qwen2.5-1.5B") is None
     make_model("llama", 300).config.save_pretrained(tmp_path / "no tokenizer")
-    assert T.local_embedding_size(str(tmp_path / "no tokenizer")) is None
+    assert T.local_config(str(tmp_path / "no tokenizer")) is None
     monkeypatch.setattr(T, "BUNDLED_MODEL_DIR", tmp_path / "not converted")
-    assert T.local_embedding_size("") is None
+    assert T.local_config("") is None
     monkeypatch.setattr(T, "BUNDLED_MODEL_DIR", Path(tiny_run["POLICY_MODEL_PATH"]))
-    assert T.local_embedding_size("") == 32
+    assert T.local_config("").hidden_size == 32
 
 
 class Conversion:

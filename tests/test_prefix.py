@@ -209,9 +209,13 @@ BAD_OBJECTS = {  # what torch.save wrote → what the error says
     "two that fit": ({**OTHERS, "a": VALUES, "b": VALUES[0]}, ["ambiguous, 'a' and 'b'", "'b' float32 (32,)"]),
     "none that fits": (OTHERS, ["holds none: found 'ids' int64 (3, 32), 'wider' float32 (3, 33)", EXPECTED]),
     "no tensor": ({"weights": VALUES.tolist(), "step": 7}, ["found 'weights' list, 'step' int", EXPECTED]),
-    "a list under a key": ({"prompt_embeddings": VALUES.tolist()}, ["holds list", EXPECTED]),
+    "a list under a key": ({"prompt_embeddings": VALUES.tolist()}, ["found 'prompt_embeddings' list", EXPECTED]),
     "a dict in a dict": ({"state": {"weight": VALUES}}, ["found 'state' dict", EXPECTED]),
     "an empty dict": ({}, ["found nothing", EXPECTED]),
+    "a whole table": (
+        VALUES[:1].expand(10**12, H),
+        ["holds float32 (1000000000000, 32); a soft prompt has at most 4096"],
+    ),
     "a list": ([VALUES], ["holds list, expected a tensor or a dict of tensors"]),
     "None": (None, ["holds NoneType, expected a tensor or a dict of tensors"]),
     "integers": (VALUES.long(), ["holds int64 (3, 32)", EXPECTED]),
@@ -254,7 +258,7 @@ def test_an_encoder_is_not_its_embeddings(tmp_path, part):
 NO_TENSORS = "is not a file of tensors"
 SAFE = safetensors.torch.save({"weight": VALUES})
 BAD_FILES = {  # file name, its bytes → what the error says
-    "empty": ("soft.pt", b"", "the file is empty"),
+    "empty": ("soft.pt", b"", "soft.pt is empty; expected a tensor"),
     "text": ("soft.pt", b"Answer plainly.\n", NO_TENSORS),
     "random bytes": ("soft.pt", random.Random(0).randbytes(999), NO_TENSORS),
     "safetensors by name only": ("soft.safetensors", saved(VALUES), NO_TENSORS),

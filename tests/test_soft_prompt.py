@@ -297,6 +297,17 @@ def test_the_distilled_policy_needs_no_prefix(distilled, tiny_run, tokenizer, sa
         assert values[0] != pytest.approx(values[-1], rel=1e-2)
 
 
+def test_the_model_cards_name_the_settings_that_had_a_part(tuned, distilled):
+    rows = [
+        {line.split(" | ")[0] for line in (output_of(cwd) / "README.md").read_text().splitlines()}
+        for cwd in (tuned, distilled)
+    ]
+    for name, has_part in {"lora_r": (0, 1), "alpha": (0, 1), "ptuning_learning_rate": (1, 0), "beta": (1, 1)}.items():
+        assert tuple(f"| {name}" in found for found in rows) == has_part, name
+    for cwd in (tuned, distilled):
+        assert f"| embeddings of the soft prompt | {VIRTUAL} |" in (output_of(cwd) / "README.md").read_text()
+
+
 # --- where P-tuning starts
 
 
