@@ -597,8 +597,8 @@ def open_tensors(file: Path) -> dict[str, Any]:
             start = opened.read(9)
             is_safetensors = start[8:] == b"{"  # its header, after the header's length
             found = load_file(file) if is_safetensors else torch.load(file, "cpu", weights_only=True)
-    except PermissionError:
-        raise ValueError(f"{file.name} cannot be read; check its permissions") from None
+    except OSError as error:
+        raise ValueError(f"{file.name} cannot be read ({error.strerror}); check its permissions") from None
     except Exception as error:  # damaged and hostile bytes raise anything
         if not start:
             raise ValueError(f"{file.name} is empty; expected a tensor") from None

@@ -307,7 +307,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 
     torch.save(VALUES, tmp_path / "soft.pt")
     monkeypatch.setattr(torch, "load", refuse)
-    assert "cannot be read; check its permissions" in problem_of(tmp_path / "soft.pt")
+    assert "cannot be read (Permission denied); check its permissions" in problem_of(tmp_path / "soft.pt")
 
 
 FOLDERS = {  # files in a folder → what the error says
