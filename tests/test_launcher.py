@@ -180,6 +180,7 @@ def test_a_signal_ends_every_rank(tiny_run, tmp_path, sent, status):
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL),  # a job in the background would ignore SIGINT
         )
     deadline = time.monotonic() + 240
     while "accuracy=" not in log.read_text() and time.monotonic() < deadline and launcher.poll() is None:
