@@ -640,6 +640,7 @@ def describe_tensor(value: Any) -> str:
 
 
 def expected_soft_prompt(hidden_size: int | None) -> str:
+    """What a file should hold, for an error."""
     return f"expected one floating-point tensor (K, {hidden_size or 'hidden size'})"
 
 
@@ -1029,7 +1030,7 @@ def model_problems(path: str) -> list[str]:
     if folder.is_dir():
         if (folder / "config.json").is_file():
             return []
-        if (folder / "adapter_config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
             return [f"{where}: that folder holds an adapter, not a model; name the base model it was trained from"]
         return [f"{where}: that folder has no config.json; name the folder that from_pretrained would load"]
     looks_like_hub_id = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
@@ -1081,6 +1082,11 @@ def resolve_model_path(path: str) -> str:
     return str(BUNDLED_MODEL_DIR)
 
 
+def unusable_model(path: str, action: str, error: Exception) -> str:
+    """What a library says of a model that it cannot use, its first line."""
+    return f"{describe('policy_model_path', path)}: it cannot be {action}: {str(error).strip().splitlines()[0]}"
+
+
 def load_config_and_tokenizer(path: str):
     """The model's configuration and tokenizer.
 
@@ -1090,8 +1096,7 @@ def load_config_and_tokenizer(path: str):
     try:
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{describe('policy_model_path', path)}: it cannot be loaded: {reason}") from error
+        raise InputError(unusable_model(path, "loaded", error)) from error
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(
             f"{describe('policy_model_path', path)}: {config.model_type!r} is not a causal language model; "
@@ -1110,10 +1115,7 @@ def embedding_size(config) -> int:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config).get_input_embeddings().weight.shape[1]
     except (ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{describe('policy_model_path', config.name_or_path)}: it cannot be built: {reason}"
-        ) from error
+        raise InputError(unusable_model(config.name_or_path, "built", error)) from error
 
 
 def local_config(path: str) -> Any | None:
@@ -1172,8 +1174,7 @@ def load_base_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{describe('policy_model_path', path)}: it cannot be loaded: {reason}") from error
+        raise InputError(unusable_model(path, "loaded", error)) from error
 
 
 def initial_ids(args: ScriptArguments, tokenizer: PreTrainedTokenizerBase, config) -> list[int]:
@@ -1382,6 +1383,11 @@ def text_attention(causal_lm: PreTrainedModel) -> Iterator[None]:
         causal_lm.set_attn_implementation(TREE_ATTENTION)
 
 
+def answer_logp(logits: torch.Tensor, answer_ids: torch.Tensor) -> torch.Tensor:
+    """Log-probability () of an answer's N tokens from the logits (N, V) that predict them."""
+    return logits.float().log_softmax(-1).gather(-1, answer_ids[:, None]).sum()
+
+
 def unpacked_logps(
     causal_lm: PreTrainedModel, prompt_ids: list[int], answer_ids: list[int], soft_prompt: nn.Embedding | None = None
 ) -> torch.Tensor:
@@ -1393,11 +1399,11 @@ def unpacked_logps(
     input_ids = torch.tensor([prompt_ids + answer_ids], device=causal_lm.device)
     with inference(causal_lm), text_attention(causal_lm):
         inputs = model_inputs(causal_lm, input_ids, soft_prompt if min(prompt_ids) < 0 else None)
-        logits = causal_lm(**inputs).logits[0, len(prompt_ids) - 1 : -1].float()  # (answer, V)
+        logits = causal_lm(**inputs).logits[0, len(prompt_ids) - 1 : -1]  # (answer, V)
         hidden = causal_lm.get_decoder()(**inputs).last_hidden_state[0, len(prompt_ids) - 1 : -1]
-        if not torch.allclose(causal_lm.get_output_embeddings()(hidden).float(), logits, rtol=1e-2, atol=1e-2):
+        if not torch.allclose(causal_lm.get_output_embeddings()(hidden).float(), logits.float(), rtol=1e-2, atol=1e-2):
             raise SelfCheckError(f"{type(causal_lm).__name__} scales or caps its logits, which is not supported")
-    return logits.log_softmax(-1).gather(-1, input_ids[0, len(prompt_ids) :, None]).sum()
+    return answer_logp(logits, input_ids[0, len(prompt_ids) :])
 
 
 # ======================================================================================================================
@@ -1996,9 +2002,9 @@ def verify_soft_prompt(trainer: PreferenceGuidedDPOTrainer, folder: Path) -> Non
     with inference(reopened), text_attention(base):
         logits = reopened(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
     answer = input_ids[0, len(pair.prompt_ids) :]
-    logps = logits[0, -len(answer) - 1 : -1].float().log_softmax(-1).gather(-1, answer[:, None])
+    scored = answer_logp(logits[0, -len(answer) - 1 : -1], answer)
     nats = rounding(base.dtype, [pair])
-    require_close("the adapter opened by PEFT", logps.sum(), "the trained soft prompt", trained, nats)
+    require_close("the adapter opened by PEFT", scored, "the trained soft prompt", trained, nats)
 
 
 def save_merged(merged: PreTrainedModel, folder: Path) -> None:
