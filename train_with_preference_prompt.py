@@ -167,8 +167,8 @@ class ScriptArguments:
     # --- loss
     beta: float = setting(0.05, "DPO's β: how strongly the policy is tied to the reference.")
     alpha: float = setting(0.1, "Weight α of the preference-consistency loss; 0 is plain DPO.")
-    loss_type: str = setting("sigmoid", "The DPO loss.")
-    label_smoothing: float = setting(0.0, "Assumed share of wrongly labelled pairs.")
+    loss_type: str = setting("sigmoid", "The DPO loss: sigmoid, ipo, hinge or robust (to wrong labels).")
+    label_smoothing: float = setting(0.0, "robust: assumed share of wrongly labelled pairs, below 0.5.")
     # --- optimisation
     learning_rate: float = setting(5e-4, "Peak learning rate of the LoRA matrices (AdamW).")
     ptuning_learning_rate: float = setting(3e-2, "Peak learning rate of the soft prompt in ptuning mode (AdamW).")
@@ -249,8 +249,7 @@ class ScriptArguments:
 ONLY = {
     "training_mode": (("text", "embedding", "ptuning"), "there is no such mode"),
     "prompt_init": (("text", "random"), "a soft prompt starts from PREFERENCE_TEXT or at random"),
-    "loss_type": (("sigmoid",), "no other DPO loss is available in this version"),
-    "label_smoothing": ((0.0,), "no loss with label smoothing is available in this version"),
+    "loss_type": (("sigmoid", "ipo", "hinge", "robust"), "there is no such loss"),
     "precision": (("auto", "bf16", "fp32"), "no other precision is available in this version"),
     "load_in_4bit": ((False,), "quantised base models are not available in this version"),
     "adapter_path": (("",), "continuing from an adapter is not available in this version"),
@@ -277,6 +276,7 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_w
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "beta": (lambda x: 0 < x < math.inf, "must be a finite number above 0; 0.05 is a good start"),
     "alpha": (lambda x: 0 <= x < math.inf, "must be a finite number of at least 0; 0.1 is a good start"),
+    "label_smoothing": (lambda x: 0 <= x < 0.5, "must be at least 0 and below 0.5: it is a share of wrong labels"),
     "learning_rate": (lambda x: 0 < x < 1, "must lie between 0 and 1; 5e-4 is a good start for LoRA"),
     "ptuning_learning_rate": (lambda x: 0 < x < 1, "must lie between 0 and 1; 3e-2 is a good start"),
     "num_virtual_tokens": (
@@ -370,6 +370,11 @@ def argument_problems(args: ScriptArguments) -> list[str]:
         problems.append(
             f"{describe('preference_text', args.preference_text)}: with PROMPT_INIT=text the soft prompt starts from "
             "its words; state the preference or set PROMPT_INIT=random"
+        )
+    if args.label_smoothing and args.loss_type != "robust":
+        problems.append(
+            f"{describe('label_smoothing', args.label_smoothing)}: only LOSS_TYPE=robust uses it, and LOSS_TYPE is "
+            f"{args.loss_type!r}; set the one to 0 or the other to robust"
         )
     if args.resume and args.overwrite:
         problems.append("RESUME and OVERWRITE are both true: set one of them to false")
@@ -939,6 +944,7 @@ def collate_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "base": pack_row((pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs),
         "pref": pack_row((pair.pref_prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs),
+        "lengths": torch.tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]),  # (P, 2) tokens
         "ref_logps": torch.stack([item["ref_logps"] for item in items]),  # (P, 2)
         "weights": torch.tensor([item["weight"] for item in items]),  # (P,) 0 for a filler, else 1
         "indices": torch.tensor([item["index"] for item in items]),  # (P,) places in the data set
@@ -1411,23 +1417,42 @@ def unpacked_logps(
 # ======================================================================================================================
 
 
-def sigmoid_loss(margins: torch.Tensor, beta: float) -> torch.Tensor:
-    """DPO, −log σ(β (Δ_base − Δ_ref)), per pair (P,) (arXiv 2305.18290, eq. 7)."""
-    return -F.logsigmoid(beta * margins)
+def margins_of(logps: torch.Tensor) -> torch.Tensor:
+    """Δ = log π(y_w) − log π(y_l), (P,) from (P, 2)."""
+    return logps[:, 0] - logps[:, 1]
 
 
-DPO_LOSSES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {"sigmoid": sigmoid_loss}
-DPO_START = {"sigmoid": math.log(2)}  # the loss while the policy is the reference
+# Each takes the log-ratios log π(y|x) − log π_ref(y|x) of both answers (P, 2), their lengths in tokens (P, 2), β and the
+# label smoothing ε, and gives the loss per pair (P,).
+
+
+def sigmoid_loss(logratios: torch.Tensor, lengths: torch.Tensor, beta: float, smoothing: float) -> torch.Tensor:
+    """DPO, −log σ(β (Δ_base − Δ_ref)) (arXiv 2305.18290, eq. 7)."""
+    return -F.logsigmoid(beta * margins_of(logratios))
+
+
+def hinge_loss(logratios: torch.Tensor, lengths: torch.Tensor, beta: float, smoothing: float) -> torch.Tensor:
+    """max(0, 1 − β (Δ_base − Δ_ref)) (SLiC, arXiv 2305.10425, with DPO's reward as RSO has it, arXiv 2309.06657)."""
+    return F.relu(1 - beta * margins_of(logratios))
+
+
+def ipo_loss(logratios: torch.Tensor, lengths: torch.Tensor, beta: float, smoothing: float) -> torch.Tensor:
+    """(Δ − 1 / 2β)² of log-ratios averaged over each answer's tokens (arXiv 2310.12036, eq. 17, whose τ is β here)."""
+    return (margins_of(logratios / lengths) - 1 / (2 * beta)) ** 2
+
+
+def robust_loss(logratios: torch.Tensor, lengths: torch.Tensor, beta: float, smoothing: float) -> torch.Tensor:
+    """DPO's loss made unbiased where a share ε < 1/2 of the labels is wrong (arXiv 2403.00409)."""
+    logits = beta * margins_of(logratios)
+    return (smoothing * F.logsigmoid(-logits) - (1 - smoothing) * F.logsigmoid(logits)) / (1 - 2 * smoothing)
+
+
+DPO_LOSSES = {"sigmoid": sigmoid_loss, "ipo": ipo_loss, "hinge": hinge_loss, "robust": robust_loss}
 
 
 def preference_consistency_loss(base_margins: torch.Tensor, pref_margins: torch.Tensor) -> torch.Tensor:
     """relu(sg[Δ_pref] − Δ_base) per pair (P,): what the prefix adds to the margin, the plain policy should learn."""
     return F.relu(pref_margins.detach() - base_margins)
-
-
-def margins_of(logps: torch.Tensor) -> torch.Tensor:
-    """Δ = log π(y_w) − log π(y_l), (P,) from (P, 2)."""
-    return logps[:, 0] - logps[:, 1]
 
 
 def reward_metrics(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> dict[str, torch.Tensor]:
@@ -1463,9 +1488,11 @@ def preference_guided_loss(
     policy: torch.Tensor,
     reference: torch.Tensor,
     teacher: torch.Tensor | None,
+    lengths: torch.Tensor,
     beta: float,
     alpha: float,
-    loss_type: str,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """The guided loss and everything that is reported of it.
 
@@ -1473,13 +1500,15 @@ def preference_guided_loss(
         policy: log π(y|x), (P, 2) chosen and rejected.
         reference: log π_ref(y|x), (P, 2).
         teacher: log π(y|p, x) with the preference prefix p, (P, 2); None for plain DPO.
+        lengths: tokens of each answer, (P, 2).
         beta, alpha: weights of the implicit reward and of the consistency loss.
         loss_type: a name in `DPO_LOSSES`.
+        label_smoothing: share of wrongly labelled pairs that the robust loss assumes.
 
     Returns:
         Metric name → (P,). Only `loss` = dpo_loss + α · aligned_loss carries a gradient.
     """
-    loss = dpo_loss = DPO_LOSSES[loss_type](margins_of(policy) - margins_of(reference), beta)
+    loss = dpo_loss = DPO_LOSSES[loss_type](policy - reference, lengths, beta, label_smoothing)
     if teacher is not None:
         loss = dpo_loss + alpha * preference_consistency_loss(margins_of(policy), margins_of(teacher))
     metrics = reward_metrics(policy, reference, beta) | condition_metrics(policy, teacher)
@@ -1487,20 +1516,24 @@ def preference_guided_loss(
 
 
 def ptuning_loss(
-    prefixed: torch.Tensor, reference: torch.Tensor, beta: float, loss_type: str
+    prefixed: torch.Tensor,
+    reference: torch.Tensor,
+    lengths: torch.Tensor,
+    beta: float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """P-tuning, −log σ(β (Δ_pref − Δ_ref)): DPO (arXiv 2305.18290, eq. 7) whose policy is the model with its prefix.
 
     Args:
         prefixed: log π(y|p, x), (P, 2) chosen and rejected, with the soft prompt p that is trained.
         reference: log π(y|x), (P, 2): the same frozen model without the prefix, and so the plain policy too.
-        beta: weight of the implicit reward.
-        loss_type: a name in `DPO_LOSSES`.
+        lengths, beta, loss_type, label_smoothing: as in `preference_guided_loss`.
 
     Returns:
         Metric name → (P,). Only `loss` carries a gradient; `aligned_loss` is what there is to distil afterwards.
     """
-    loss = DPO_LOSSES[loss_type](margins_of(prefixed) - margins_of(reference), beta)
+    loss = DPO_LOSSES[loss_type](prefixed - reference, lengths, beta, label_smoothing)
     metrics = reward_metrics(prefixed, reference, beta) | condition_metrics(reference, prefixed)
     return {"loss": loss, "dpo_loss": loss.detach(), **metrics}
 
@@ -1705,15 +1738,14 @@ class PreferenceGuidedDPOTrainer(Trainer):
 
     def score(self, model: nn.Module, batch: Mapping[str, Any], guided: bool) -> dict[str, torch.Tensor]:
         """The loss and its metrics, each (P,), of a batch on the device."""
-        settings = self.settings
+        settings, reference, lengths = self.settings, batch["ref_logps"], batch["lengths"]
+        kind = (settings.loss_type, settings.label_smoothing)
         if settings.trains_prefix:
             prefixed = policy_logps(model, batch["pref"])
-            return ptuning_loss(prefixed, batch["ref_logps"], settings.beta, settings.loss_type)
+            return ptuning_loss(prefixed, reference, lengths, settings.beta, *kind)
         teacher = teacher_logps(self.model, batch["pref"]) if guided else None
         policy = policy_logps(model, batch["base"])
-        return preference_guided_loss(
-            policy, batch["ref_logps"], teacher, settings.beta, settings.alpha, settings.loss_type
-        )
+        return preference_guided_loss(policy, reference, teacher, lengths, settings.beta, settings.alpha, *kind)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This forward's share of the update's mean loss; DeepSpeed averages over ranks, which `world_size` undoes."""
@@ -1852,11 +1884,13 @@ def check_before_training(trainer: PreferenceGuidedDPOTrainer) -> None:
 
 def require_zero_rewards(trainer: PreferenceGuidedDPOTrainer, batch: Mapping[str, Any]) -> None:
     """Raises SelfCheckError unless every reward is 0 and the DPO loss what it is where policy and reference agree."""
+    settings, no_change = trainer.settings, torch.zeros_like(batch["ref_logps"])
     with inference(trainer.model):
         metrics = trainer.score(trainer.model, batch, guided=False)
+    at_start = DPO_LOSSES[settings.loss_type](no_change, batch["lengths"], settings.beta, settings.label_smoothing)
     reward = max(metrics[name].abs().max().item() for name in ("chosen_reward", "rejected_reward"))
-    loss, start = metrics["dpo_loss"].mean().item(), DPO_START[trainer.settings.loss_type]
-    if not (reward <= 1e-3 and abs(loss - start) <= 1e-3):
+    loss, start = metrics["dpo_loss"].mean().item(), at_start.mean().item()
+    if not (reward <= 1e-3 and abs(loss - start) <= 1e-3 * max(1.0, start)):
         raise SelfCheckError(
             f"before the first update every reward must be 0 and the DPO loss {start:.4f}, but the largest reward is "
             f"{reward:.4g} and the loss {loss:.4f}: the policy does not start as the reference"

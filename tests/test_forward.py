@@ -32,7 +32,7 @@ def pack(tokenized, prompt="prompt_ids"):
 
 def guided_mean(policy, teacher):
     reference = torch.full_like(policy, -20.0)
-    return T.preference_guided_loss(policy, reference, teacher, beta=0.1, alpha=0.5, loss_type="sigmoid")["loss"].mean()
+    return T.preference_guided_loss(policy, reference, teacher, None, beta=0.1, alpha=0.5)["loss"].mean()
 
 
 @pytest.mark.parametrize("prompt", ["prompt_ids", "pref_prompt_ids"])
@@ -220,7 +220,7 @@ def padded_soft_logps(causal_lm, tokenized, soft, after_prompt=False, counted=Tr
 
 def ptuning_mean(prefixed):
     reference = torch.full_like(prefixed, -20.0) + torch.tensor([1.0, 0.0])
-    return T.ptuning_loss(prefixed, reference, beta=0.1, loss_type="sigmoid")["loss"].mean()
+    return T.ptuning_loss(prefixed, reference, None, beta=0.1)["loss"].mean()
 
 
 def test_embeddings_of_a_text_are_that_text_as_prefix(model, tokenized):

@@ -38,7 +38,7 @@ def test_tags_are_those_of_the_contract():
 
 def test_every_metric_of_the_loss_has_a_tag():
     logps = torch.zeros(1, 2)
-    metrics = T.preference_guided_loss(logps, logps, logps, 0.1, 0.1, "sigmoid")
+    metrics = T.preference_guided_loss(logps, logps, logps, None, beta=0.1, alpha=0.1)
     sums = T.MetricSums()
     sums.add(metrics, torch.ones(1))
     means, _, _ = sums.means()

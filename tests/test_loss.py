@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,10 +18,15 @@ TEACHER = [[-8.0, -15.0], [-21.0, -14.0]]
 # second pair     −5      −1       −7           −4               −2
 
 
-def guided(alpha=ALPHA, teacher=TEACHER):
+LENGTHS = [[2, 4], [5, 2]]  # tokens; only the IPO loss looks at them
+
+
+def guided(alpha=ALPHA, teacher=TEACHER, **loss):
     policy = torch.tensor(POLICY, requires_grad=True)
     teacher = None if teacher is None else torch.tensor(teacher, requires_grad=True)
-    metrics = T.preference_guided_loss(policy, torch.tensor(REFERENCE), teacher, BETA, alpha, "sigmoid")
+    metrics = T.preference_guided_loss(
+        policy, torch.tensor(REFERENCE), teacher, torch.tensor(LENGTHS), BETA, alpha, **loss
+    )
     return policy, teacher, metrics
 
 
@@ -85,15 +91,66 @@ def test_plain_dpo_without_teacher():
 
 def test_start_of_training_is_ln_2():
     same = torch.tensor(REFERENCE)
-    metrics = T.preference_guided_loss(same, same, None, BETA, ALPHA, "sigmoid")
+    metrics = T.preference_guided_loss(same, same, None, torch.tensor(LENGTHS), BETA, ALPHA)
     close(metrics["loss"], [math.log(2)] * 2)
     close(metrics["accuracy"], [0.0, 0.0])  # equal rewards are no win
-    assert T.DPO_START["sigmoid"] == math.log(2) and T.DPO_START.keys() == T.DPO_LOSSES.keys()
 
 
 def test_large_margins_stay_finite():
-    losses = T.sigmoid_loss(torch.tensor([1e4, -1e4]), 1.0)
-    close(losses, [0.0, 1e4])
+    logratios = torch.tensor([[1e4, 0.0], [-1e4, 0.0]])
+    close(T.sigmoid_loss(logratios, None, 1.0, 0.0), [0.0, 1e4])
+    close(T.robust_loss(logratios, None, 1.0, 0.25), [-0.25 * 1e4 / 0.5, 0.75 * 1e4 / 0.5])
+
+
+# loss type, label smoothing → the loss of each pair; Δ_base − Δ_ref is 3 and −4, log-ratios are (1, −2) and (−2, 2)
+LOSSES = {
+    ("sigmoid", 0.0): [-math.log(sigmoid(BETA * 3)), -math.log(sigmoid(BETA * -4))],
+    ("hinge", 0.0): [1 - BETA * 3, 1 - BETA * -4],
+    ("ipo", 0.0): [(1 / 2 - -2 / 4 - 1 / (2 * BETA)) ** 2, (-2 / 5 - 2 / 2 - 1 / (2 * BETA)) ** 2],
+    ("robust", 0.0): [-math.log(sigmoid(BETA * 3)), -math.log(sigmoid(BETA * -4))],
+    ("robust", 0.2): [
+        (-0.8 * math.log(sigmoid(BETA * x)) + 0.2 * math.log(sigmoid(-BETA * x))) / (1 - 2 * 0.2) for x in (3, -4)
+    ],
+}
+
+
+@pytest.mark.parametrize(("loss_type", "smoothing"), LOSSES)
+def test_each_dpo_loss(loss_type, smoothing):
+    _, _, metrics = guided(loss_type=loss_type, label_smoothing=smoothing)
+    close(metrics["dpo_loss"], LOSSES[loss_type, smoothing])
+    close(metrics["loss"] - metrics["dpo_loss"], [ALPHA * 3, 0.0])  # the consistency loss is always that of the sums
+    close(metrics["reward_margin"], [BETA * 3, BETA * -4])  # and so are the rewards
+    prefixed, reference = torch.tensor(POLICY), torch.tensor(REFERENCE)
+    trained = T.ptuning_loss(prefixed, reference, torch.tensor(LENGTHS), BETA, loss_type, smoothing)
+    close(trained["loss"], LOSSES[loss_type, smoothing])
+
+
+def test_every_loss_is_tested_and_can_be_chosen():
+    assert {loss_type for loss_type, _ in LOSSES} == T.DPO_LOSSES.keys() == set(T.ONLY["loss_type"][0])
+
+
+@pytest.mark.parametrize("loss_type", T.DPO_LOSSES)
+def test_the_guided_loss_in_double_precision(loss_type):
+    """Design §2, written once more in float64 with numpy, for 1,000 random pairs."""
+    random = np.random.default_rng(0)
+    policy, reference, teacher = (random.normal(-60, 25, (1000, 2)) for _ in range(3))
+    lengths, smoothing = random.integers(1, 200, (1000, 2)), 0.1
+    delta_base, delta_ref, delta_pref = (x[:, 0] - x[:, 1] for x in (policy, reference, teacher))
+    h = BETA * (delta_base - delta_ref)
+    average = ((policy - reference) / lengths)[:, 0] - ((policy - reference) / lengths)[:, 1]
+    dpo = {
+        "sigmoid": np.log1p(np.exp(-h)),
+        "hinge": np.maximum(0, 1 - h),
+        "ipo": (average - 1 / (2 * BETA)) ** 2,
+        "robust": ((1 - smoothing) * np.log1p(np.exp(-h)) - smoothing * np.log1p(np.exp(h))) / (1 - 2 * smoothing),
+    }[loss_type]
+    expected = dpo + ALPHA * np.maximum(0, delta_pref - delta_base)
+    inputs = (torch.tensor(x, dtype=torch.float32) for x in (policy, reference, teacher))
+    metrics = T.preference_guided_loss(*inputs, torch.tensor(lengths), BETA, ALPHA, loss_type, smoothing)
+    np.testing.assert_allclose(metrics["loss"].numpy(), expected, rtol=2e-5, atol=2e-5)
+    in_double = (torch.tensor(x) for x in (policy, reference, teacher))
+    metrics = T.preference_guided_loss(*in_double, torch.tensor(lengths), BETA, ALPHA, loss_type, smoothing)
+    np.testing.assert_allclose(metrics["loss"].numpy(), expected, rtol=1e-12)
 
 
 # --- P-tuning: the policy is the model with its prefix, TEACHER above; reference and plain policy are both REFERENCE
@@ -104,7 +161,7 @@ def test_large_margins_stay_finite():
 
 def ptuning():
     prefixed = torch.tensor(TEACHER, requires_grad=True)
-    return prefixed, T.ptuning_loss(prefixed, torch.tensor(REFERENCE), BETA, "sigmoid")
+    return prefixed, T.ptuning_loss(prefixed, torch.tensor(REFERENCE), torch.tensor(LENGTHS), BETA)
 
 
 def test_ptuning_is_dpo_of_the_prefixed_model():
