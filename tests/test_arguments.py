@@ -49,6 +49,7 @@ ptuning_learning_rate"""
 BORDERS = {
     "beta": (("1e-9", "1e9"), ("0", "-0.1", "inf", "nan")),
     "alpha": (("0", "1e9"), ("-1e-9", "inf", "nan")),
+    "label_smoothing": (("0", "0.499"), ("0.5", "-1e-9", "nan")),
     "learning_rate": (("1e-9", "0.999"), ("0", "1", "-5e-4", "nan")),
     "ptuning_learning_rate": (("1e-9", "0.999"), ("0", "1", "-3e-2", "nan")),
     "num_virtual_tokens": (("1", "4096"), ("0", "-1", "4097")),
@@ -80,8 +81,7 @@ ONLY = {
         "'text' or 'embedding' or 'ptuning'",
     ),
     "prompt_init": (("text", "random"), ("Random", "zeros", ""), "'text' or 'random'"),
-    "loss_type": (("sigmoid",), ("ipo", "hinge", ""), "'sigmoid'"),
-    "label_smoothing": (("0", "0.0"), ("0.1", "nan"), "0.0"),
+    "loss_type": (("sigmoid", "ipo", "hinge", "robust"), ("IPO", "dpo", ""), "'sigmoid' or 'ipo' or"),
     "precision": (("auto", "bf16", "fp32"), ("fp16", "float32", ""), "'auto' or 'bf16' or 'fp32'"),
     "load_in_4bit": (("false", "0", "no"), ("true", "1"), "False"),
     "adapter_path": (("",), ("adapter",), "''"),
@@ -121,6 +121,10 @@ WRONG_TYPE = {
     "overwrite": "2",
     "plan": "dry",
 }
+
+
+# field or value → what else must be set for it to be accepted
+NEEDED = {"embedding": ["--prompt_embedding_path=soft.pt"], "label_smoothing": ["--loss_type=robust"]}
 
 
 def problems(*argv: str) -> list[str]:
@@ -229,15 +233,14 @@ def test_every_limit_has_its_borders_here():
 
 @pytest.mark.parametrize(("name", "value"), border_cases(BORDERS, 0) + border_cases(ONLY, 0))
 def test_values_just_inside_are_accepted(name, value):
-    needed = ["--prompt_embedding_path=soft.pt"] if value == "embedding" else []
-    args = T.parse_arguments([f"--{name}={value}", *needed])
+    args = T.parse_arguments([f"--{name}={value}", *NEEDED.get(name, NEEDED.get(value, []))])
     kind = type(getattr(T.ScriptArguments(), name))
     assert getattr(args, name) == (False if kind is bool else kind(value))
 
 
 @pytest.mark.parametrize(("name", "value"), border_cases(BORDERS, 1))
 def test_values_just_outside_are_refused(name, value):
-    lines = problems(f"--{name}={value}")
+    lines = problems(f"--{name}={value}", *NEEDED.get(name, []))
     read = type(getattr(T.ScriptArguments(), name))(value)
     assert len(lines) == 1 and lines[0].startswith(f"- {name.upper()} (--{name}) is {read!r}: must ")
 
@@ -246,7 +249,7 @@ def test_values_just_outside_are_refused(name, value):
 def test_other_values_are_refused_with_reason_and_remedy(name, value):
     lines = problems(f"--{name}={value}")
     assert len(lines) == 1 and lines[0].startswith(f"- {name.upper()} (--{name}) is ")
-    reasons = ("not available", "no other", "no loss", "DS_CONFIG", "there is no such mode", "starts from")
+    reasons = ("not available", "no other", "DS_CONFIG", "there is no such", "starts from")
     assert any(reason in lines[0] for reason in reasons)
     assert ONLY[name][2] in lines[0]
 
@@ -281,6 +284,13 @@ def test_max_length_must_exceed_max_prompt_length(length, prompt, good):
         (line,) = problems(*argv)
         assert line.startswith(f"- MAX_LENGTH (--max_length) is {length}: ")
         assert f"MAX_PROMPT_LENGTH, {prompt}," in line and "raise one or lower the other" in line
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+def test_only_the_robust_loss_smooths_labels(loss_type):
+    (line,) = problems(f"--loss_type={loss_type}", "--label_smoothing=0.1")
+    assert line.startswith("- LABEL_SMOOTHING (--label_smoothing) is 0.1: only LOSS_TYPE=robust uses it")
+    assert loss_type in line and "set the one to 0 or the other to robust" in line
 
 
 PATH, TEXT = "--prompt_embedding_path=soft.pt", "--preference_text="
