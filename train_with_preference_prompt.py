@@ -34,7 +34,6 @@ import shlex
 import shutil
 import socket
 import sys
-import tempfile
 import time
 import warnings
 from argparse import ArgumentError
@@ -48,6 +47,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -89,6 +89,8 @@ MERGED_WEIGHTS, MERGED_FOLDER = "pytorch_model.bin", "merged"
 SOFT_PROMPT, MAX_VIRTUAL_TOKENS = "prompt_embeddings.pt", 4096
 ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 TRAINER_STATE = "trainer_state.json"
+CHECKPOINT_FILES = "complete.json"  # written last: a checkpoint without it, or with other files than it lists, is none
+KEPT_CHECKPOINTS = 2
 
 # metric → (tag on the training set, tag on the test set)
 TAGS = {
@@ -119,6 +121,14 @@ class InputError(ValueError):
     def __init__(self, *problems: str):
         self.problems = list(problems)
         super().__init__("\n".join(f"- {problem}" for problem in problems))
+
+
+class RunError(RuntimeError):
+    """A run that had begun cannot go on: a loss or a gradient is not finite (exit status 1)."""
+
+
+class WriteError(RunError):
+    """A file cannot be written, by this rank alone perhaps."""
 
 
 class SelfCheckError(RuntimeError):
@@ -401,6 +411,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ScriptArguments:
 # ======================================================================================================================
 
 MAX_LISTED_PROBLEMS = 5
+MAX_ROW_MIB = 16
 
 
 @dataclass(frozen=True)
@@ -411,6 +422,12 @@ class Pair:
     chosen: str
     rejected: str
     row: int
+
+
+def describe_rows(rows: Sequence[int]) -> str:
+    """Row numbers, for a person."""
+    listed = ", ".join(map(str, rows[:MAX_LISTED_PROBLEMS])) + ", …" * (len(rows) > MAX_LISTED_PROBLEMS)
+    return f"row{'s' * (len(rows) > 1)} {listed}"
 
 
 @dataclass
@@ -431,12 +448,18 @@ class DataReport:
         return self.rows - sum(len(rows) for rows in self.dropped.values())
 
     def describe_dropped(self) -> str:
-        reasons = (
-            f"{len(rows)} {reason} (row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:MAX_LISTED_PROBLEMS]))}"
-            f"{', …' * (len(rows) > MAX_LISTED_PROBLEMS)})"
-            for reason, rows in self.dropped.items()
-        )
+        reasons = (f"{len(rows)} {reason} ({describe_rows(rows)})" for reason, rows in self.dropped.items())
         return "; ".join(reasons) or "none"
+
+
+def unique_fields(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of these fields; ValueError where one occurs twice, of which JSON would keep the last."""
+    record = dict(fields)
+    if len(record) < len(fields):
+        names = [name for name, _ in fields]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field {twice!r} occurs twice; write each field once")
+    return record
 
 
 def parse_row(text: bytes, row: int) -> Pair:
@@ -446,7 +469,7 @@ def parse_row(text: bytes, row: int) -> Pair:
         ValueError: naming what is wrong with the row, and the field where it is one.
     """
     try:
-        record = json.loads(text.decode("utf-8"))
+        record = json.loads(text.decode("utf-8"), object_pairs_hook=unique_fields)
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 ({error.reason}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -474,7 +497,15 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise InputError(f"data file {path} {kind}; name a JSON lines file with {', '.join(PAIR_FIELDS)} in each row")
     try:
         with path.open("rb") as file:
-            for row, raw in enumerate(file, start=1):
+            for row in itertools.count(1):
+                raw = file.readline((MAX_ROW_MIB << 20) + 1)
+                if not raw:
+                    return
+                if len(raw) > MAX_ROW_MIB << 20:
+                    raise InputError(
+                        f"data file {path}, row {row}: is longer than {MAX_ROW_MIB} MiB; write one object a line, or "
+                        "take the row out"
+                    )
                 line = raw.removeprefix(b"\xef\xbb\xbf" if row == 1 else b"").strip()
                 if line:
                     yield row, line
@@ -1012,7 +1043,101 @@ class PairLoader(DataLoader):
 
 
 # ======================================================================================================================
-# 7 · Model — finds, converts and loads the base model and its tokenizer, and adds what is trained: LoRA or soft prompt.
+# 7 · Files — writes so that nothing is lost, says why it failed; which checkpoints are complete.
+# ======================================================================================================================
+
+
+@contextlib.contextmanager
+def writing(folder: Path, output_dir: Path | None = None) -> Iterator[None]:
+    """Turns a failure to write into one error.
+
+    Args:
+        output_dir: of the run, where it had begun.
+
+    Raises:
+        WriteError: naming the folder, the reason, the remedy and how the run goes on.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        torch_save = re.search("inline_container|iostream error", str(error))  # how its own writer words it
+        if isinstance(error, RuntimeError) and not torch_save:
+            raise
+        nearest = next(place for place in (folder, *folder.parents) if place.exists())
+        free = shutil.disk_usage(nearest).free >> 20
+        raise WriteError(
+            f"{folder} cannot be written: {str(error).splitlines()[0]}; {free:,} MiB are free there. Make room, or "
+            f"make the folder writable again{f'; {what_is_left(output_dir)}' if output_dir else ''}"
+        ) from error
+
+
+def lock_of(folder: Path) -> Path:
+    """The lock file of a folder stands beside it, so that it stays when the folder is moved."""
+    return folder.parent / f".{folder.name}.lock"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file at once: it is there whole, or as it was before."""
+    aside = path.with_name(f".{path.name}")
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Lists, last of all, the files of a checkpoint and their sizes, once they are on the disk."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    write_json(checkpoint / CHECKPOINT_FILES, {str(p.relative_to(checkpoint)): p.stat().st_size for p in files})
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file that belongs to a checkpoint is there in its full length."""
+    try:
+        sizes = dict(json.loads((checkpoint / CHECKPOINT_FILES).read_text(encoding="utf-8")))
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """All checkpoints by their update, whether complete or not."""
+    numbers = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")]
+    return [output_dir / f"checkpoint-{n}" for n in sorted((n for n in numbers if n.isdecimal()), key=int)]
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The complete checkpoint of the latest update."""
+    return next((path for path in reversed(checkpoints(output_dir)) if is_complete(path)), None)
+
+
+def skipped_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints after the newest complete one: an interruption or a full disk cut them short."""
+    newest, found = newest_checkpoint(output_dir), checkpoints(output_dir)
+    return found[found.index(newest) + 1 :] if newest else found
+
+
+def drop_old_checkpoints(output_dir: Path) -> None:
+    """Removes what lies before the newest complete checkpoints, of which `KEPT_CHECKPOINTS` stay."""
+    found = checkpoints(output_dir)
+    kept = [path for path in found if is_complete(path)][-KEPT_CHECKPOINTS:]
+    for path in found[: found.index(kept[0])]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def what_is_left(output_dir: Path) -> str:
+    """How a run that ended early goes on, for an error."""
+    newest = newest_checkpoint(output_dir)
+    where = f"{newest} is complete, from which" if newest else "no checkpoint was complete yet; from the beginning"
+    return f"{where} RESUME=true continues"
+
+
+# ======================================================================================================================
+# 8 · Model — finds, converts and loads the base model and its tokenizer, and adds what is trained: LoRA or soft prompt.
 # ======================================================================================================================
 
 
@@ -1046,7 +1171,7 @@ def model_problems(path: str) -> list[str]:
 
 
 def convert_bundled_model(gguf_file: Path, target: Path) -> None:
-    """Dequantises the bundled GGUF model once into an ordinary model folder, written aside and then renamed."""
+    """Dequantises the bundled GGUF model into an ordinary model folder, written aside and then renamed."""
     options = {"gguf_file": gguf_file.name}
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, **options)
     # The conversion loses SmolLM2's digit splitting, with which 2.5 % of texts would be tokenised differently.
@@ -1065,16 +1190,16 @@ def convert_bundled_model(gguf_file: Path, target: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-        aside = Path(folder) / target.name
+    aside = target.with_name(f".{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)  # of a conversion that was killed
+    aside.mkdir(mode=0o700, parents=True)
+    try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        try:
-            aside.rename(target)
-        except OSError:
-            if not target.exists():  # else another run was faster, and its folder is as good
-                raise
+        aside.chmod(0o755)
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def resolve_model_path(path: str) -> str:
@@ -1083,8 +1208,13 @@ def resolve_model_path(path: str) -> str:
         folder = Path(path).expanduser()
         return str(folder.resolve()) if folder.is_dir() else path
     if not (BUNDLED_MODEL_DIR / "config.json").exists():
-        print(f"converting the bundled SmolLM2-135M-Instruct to {BUNDLED_MODEL_DIR} (once, about 30 s)", flush=True)
-        convert_bundled_model(bundled_gguf(), BUNDLED_MODEL_DIR)
+        with writing(BUNDLED_MODEL_DIR):
+            BUNDLED_MODEL_DIR.parent.mkdir(parents=True, exist_ok=True)
+            with lock_of(BUNDLED_MODEL_DIR).open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another run that is converting it
+                if not (BUNDLED_MODEL_DIR / "config.json").exists():
+                    print(f"converting the bundled model to {BUNDLED_MODEL_DIR} (once, about 30 s)", flush=True)
+                    convert_bundled_model(bundled_gguf(), BUNDLED_MODEL_DIR)
     return str(BUNDLED_MODEL_DIR)
 
 
@@ -1244,7 +1374,7 @@ def add_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
 
 
 # ======================================================================================================================
-# 8 · Forward — packed row → log-probabilities; policy, teacher, reference and evaluation all come through here.
+# 9 · Forward — packed row → log-probabilities; policy, teacher, reference and evaluation all come through here.
 # ======================================================================================================================
 
 TREE_ATTENTION = "packed_trees"
@@ -1413,7 +1543,7 @@ def unpacked_logps(
 
 
 # ======================================================================================================================
-# 9 · Loss — pure functions of log-probabilities.
+# 10 · Loss — pure functions of log-probabilities.
 # ======================================================================================================================
 
 
@@ -1422,8 +1552,8 @@ def margins_of(logps: torch.Tensor) -> torch.Tensor:
     return logps[:, 0] - logps[:, 1]
 
 
-# Each takes the log-ratios log π(y|x) − log π_ref(y|x) of both answers (P, 2), their lengths in tokens (P, 2), β and the
-# label smoothing ε, and gives the loss per pair (P,).
+# Each takes the log-ratios log π(y|x) − log π_ref(y|x) of both answers (P, 2), their lengths in tokens (P, 2), β and
+# the label smoothing ε, and gives the loss per pair (P,).
 
 
 def sigmoid_loss(logratios: torch.Tensor, lengths: torch.Tensor, beta: float, smoothing: float) -> torch.Tensor:
@@ -1539,7 +1669,7 @@ def ptuning_loss(
 
 
 # ======================================================================================================================
-# 10 · Logging — sums metrics on the device, reduces them over the ranks once per logging step, writes the tags.
+# 11 · Logging — sums metrics on the device, reduces them over the ranks once per logging step, writes the tags.
 # ======================================================================================================================
 
 
@@ -1587,23 +1717,25 @@ class TagCallback(TensorBoardCallback):
         if not state.is_world_process_zero:
             return
         # On a resumed run what the interrupted one had logged after the checkpoint is hidden from the curves.
-        purge_step = state.global_step + 1 if state.global_step else None
-        self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=purge_step)
+        purge_step = state.global_step + 1 if state.global_step else 0
         from torch.utils.tensorboard.summary import hparams
 
         shown = dict.fromkeys([TAGS["loss"][1], TAGS["accuracy"][1], TAGS["reward_margin"][1]], 0.0)
-        for summary in hparams(self.hyperparameters, {**shown, TAGS["pref_advantage_ratio"][1]: 0.0}):
-            self.tb_writer.file_writer.add_summary(summary)
+        with writing(Path(self.logging_dir), Path(args.output_dir)):
+            self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=purge_step)
+            for summary in hparams(self.hyperparameters, {**shown, TAGS["pref_advantage_ratio"][1]: 0.0}):
+                self.tb_writer.file_writer.add_summary(summary)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.tb_writer is None:
             return
-        for tag, value in logs.items():
-            if tag == SAMPLES_TAG:
-                self.tb_writer.add_text(tag, value, state.global_step)
-            elif "/" in tag:
-                self.tb_writer.add_scalar(tag, value, state.global_step)
-        self.tb_writer.flush()
+        with writing(Path(self.logging_dir), Path(args.output_dir)):
+            for tag, value in logs.items():
+                if tag == SAMPLES_TAG:
+                    self.tb_writer.add_text(tag, value, state.global_step)
+                elif "/" in tag:
+                    self.tb_writer.add_scalar(tag, value, state.global_step)
+            self.tb_writer.flush()
 
 
 class LossProgressCallback(ProgressCallback):
@@ -1623,8 +1755,17 @@ class LossProgressCallback(ProgressCallback):
             )
 
 
+def deepspeeds_own_classes() -> contextlib.AbstractContextManager:
+    """Lets `torch.load(weights_only=True)` build the three data classes that DeepSpeed keeps in a checkpoint."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address])
+
+
 # ======================================================================================================================
-# 11 · Trainer — thin overrides of transformers.Trainer; holds no maths.
+# 12 · Trainer — thin overrides of transformers.Trainer; holds no maths.
 # ======================================================================================================================
 
 NEVER = 2**31  # "every so many updates" that never come
@@ -1653,10 +1794,9 @@ def training_arguments(args: ScriptArguments, on_gpu: bool) -> TrainingArguments
         logging_nan_inf_filter=False,  # it would hide a NaN and synchronise the device at every forward
         eval_strategy="steps",
         eval_steps=every,
-        eval_on_start=not args.resume,
+        eval_on_start=not (args.resume and newest_checkpoint(args.output_path)),
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
         report_to="none",  # TagCallback writes the events
         remove_unused_columns=False,
     )
@@ -1695,6 +1835,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
     ):
         self.settings, self.base_logps, self.soft_prompt = settings, base_logps, soft_prompt
         self.train_metrics, self.step_seconds = MetricSums(), 0.0
+        self.update_indices: list[int] = []  # places in the data set of the update's pairs, this rank's share
         super().__init__(
             model=model,
             args=args,
@@ -1731,6 +1872,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The pairs of the whole update over all ranks: what its loss is the mean over."""
+        self.update_indices = torch.cat([batch["indices"] for batch in batch_samples]).tolist()
         pairs = torch.stack([batch["weights"].sum() for batch in batch_samples]).sum().to(device)
         return self.accelerator.reduce(pairs, reduction="sum")
 
@@ -1772,6 +1914,31 @@ class PreferenceGuidedDPOTrainer(Trainer):
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
+    # --- checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        """Counts as complete once every rank has written its part; only then do older ones go.
+
+        Raises:
+            WriteError: it cannot be written; earlier ones stay.
+        """
+        output_dir = Path(self.args.output_dir)
+        checkpoint = output_dir / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            shutil.rmtree(checkpoint, ignore_errors=True)  # an incomplete one, of an interrupted run
+        self.accelerator.wait_for_everyone()
+        try:
+            with writing(checkpoint, output_dir):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    mark_complete(checkpoint)
+        except WriteError:
+            shutil.rmtree(checkpoint, ignore_errors=True)  # makes room
+            raise
+        if self.is_world_process_zero():
+            drop_old_checkpoints(output_dir)
+
     # --- logging
 
     def log(self, logs, start_time=None):
@@ -1795,7 +1962,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
 
 
 # ======================================================================================================================
-# 12 · Around the updates — reference pass, self-checks before and after the first update, sample answers.
+# 13 · Around the updates — reference pass, self-checks before and after the first update, sample answers.
 # ======================================================================================================================
 
 COMPARED_PAIRS = 2
@@ -1807,13 +1974,61 @@ def fill_reference_logps(trainer: PreferenceGuidedDPOTrainer, dataset: PairDatas
     """Scores all pairs with the reference, each rank its share, and gives every rank all of them."""
     filled = torch.zeros(len(dataset), 2, device=trainer.args.device)
     loader, quiet = trainer.get_eval_dataloader(dataset), not trainer.is_world_process_zero()
-    for batch in tqdm(loader, desc=f"reference, {name} pairs", leave=False, disable=quiet):
+    for batch in tqdm(loader, desc=f"reference, {name} data", leave=False, disable=quiet):
         batch = trainer._prepare_inputs(batch)
         logps = reference_logps(trainer.model, batch["base"])
         filled.index_add_(0, batch["indices"], logps * batch["weights"][:, None])
     if trainer.args.world_size > 1:
         torch.distributed.all_reduce(filled)
     dataset.ref_logps = filled.cpu()
+    broken = (~dataset.ref_logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if broken:
+        rows = describe_rows([dataset.pairs[index].source.row for index in broken])
+        raise RunError(
+            f"the reference's log-probabilities of {len(broken)} pairs are not finite: {rows} of "
+            f"{trainer.settings.dataset_paths[name]}; look at the pairs, or at the model's weights"
+        )
+
+
+def broken_pairs(trainer: PreferenceGuidedDPOTrainer, dataset: PairDataset, indices: Iterable[int]) -> list[int]:
+    """Places in the data set of those pairs, of all ranks, that alone give a loss or a gradient that is not finite."""
+    broken = torch.zeros(len(dataset), device=trainer.args.device)
+    model, training = trainer.model, dataset is trainer.train_dataset
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()  # without dropout
+    for index in indices:
+        batch = trainer._prepare_inputs(collate_pairs([dataset[index, 1.0]]))
+        with torch.set_grad_enabled(training):
+            guided = not training or "pref" in trainer.settings.conditions
+            values = [trainer.score(model, batch, guided)["loss"].sum()]
+        if training:
+            values += torch.autograd.grad(values[0], parameters)
+        broken[index] = not all(bool(value.isfinite().all()) for value in values)
+    model.train()
+    if trainer.args.world_size > 1:
+        torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
+    return broken.nonzero().flatten().tolist()
+
+
+def require_finite(trainer: PreferenceGuidedDPOTrainer, logs: Mapping[str, Any]) -> None:
+    """Raises RunError where a logged loss or gradient norm is not finite: update, pairs, and what is left.
+
+    DeepSpeed has not applied such an update, so its pairs can be looked at with the weights as they were.
+    """
+    datasets = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
+    for (split, dataset), tag in zip(datasets.items(), TAGS["loss"], strict=True):
+        values = {name: logs[name] for name in (tag, GRAD_NORM_TAG) if name in logs}
+        if tag not in logs or all(map(math.isfinite, values.values())):
+            continue
+        suspects = trainer.update_indices if split == "train" else range(len(dataset))
+        broken = broken_pairs(trainer, dataset, suspects)
+        rows = describe_rows([dataset.pairs[index].source.row for index in broken])
+        cause = f"it comes from {rows} of {trainer.settings.dataset_paths[split]}"
+        raise RunError(
+            f"update {trainer.state.global_step}: {', '.join(f'{name} is {value}' for name, value in values.items())}; "
+            f"{cause if broken else 'no pair alone gives it'}. Look at the pairs, or lower LEARNING_RATE and start "
+            f"anew; {what_is_left(trainer.settings.output_path)}"
+        )
 
 
 def first_batch(dataset: PairDataset, size: int) -> dict[str, Any]:
@@ -1829,6 +2044,11 @@ def rounding(dtype: torch.dtype, pairs: Sequence[TokenizedPair]) -> float:
 
 def require_close(name: str, values: torch.Tensor, other_name: str, others: torch.Tensor, nats: float) -> None:
     """Raises SelfCheckError unless summed log-probabilities agree to `nats`."""
+    for what, logps in ((name, values), (other_name, others)):
+        if not logps.isfinite().all():
+            raise SelfCheckError(
+                f"the log-probabilities of {what} are not finite; look at the model's weights, or set PRECISION=fp32"
+            )
     if not torch.allclose(values, others, rtol=0, atol=nats):
         worst = (values - others).abs().max().item()
         raise SelfCheckError(f"the log-probabilities of {name} and of {other_name} differ by up to {worst:.4g} nats")
@@ -1954,7 +2174,7 @@ class RunCallback(TrainerCallback):
         trainer = self.trainer
         if args.use_cpu:
             release_shared_memory(args.process_index)
-        fill_reference_logps(trainer, trainer.train_dataset, "training")
+        fill_reference_logps(trainer, trainer.train_dataset, "train")
         fill_reference_logps(trainer, trainer.eval_dataset, "test")
         self.parameters_at_start = {}
         check_before_training(trainer)
@@ -1971,7 +2191,10 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.step_seconds += time.perf_counter() - self.step_start
-        if self.parameters_at_start and self.learning_rate > 0:
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        require_finite(self.trainer, logs)
+        if TAGS["loss"][0] in logs and self.parameters_at_start and self.learning_rate > 0:
             parameters = dict(self.trainer.model.named_parameters())
             if all(torch.equal(parameters[name], start) for name, start in self.parameters_at_start.items()):
                 raise SelfCheckError("the first update changed no trainable parameter: the optimizer does not see them")
@@ -1986,7 +2209,7 @@ class RunCallback(TrainerCallback):
 
 
 # ======================================================================================================================
-# 13 · Saving — adapter, merged weights, soft prompt, model card; what was written is opened again and compared.
+# 14 · Saving — adapter, merged weights, soft prompt, model card; what was written is opened again and compared.
 # ======================================================================================================================
 
 
@@ -1996,11 +2219,13 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     Raises:
         SelfCheckError: a file differs from the adapter in memory.
     """
-    with tempfile.TemporaryDirectory(dir=folder) as aside:  # PEFT adds a card of its own, which would mark the end
-        model.save_pretrained(aside, safe_serialization=False)
-        model.save_pretrained(aside, safe_serialization=True)
-        for file in Path(aside).glob("adapter_*"):
-            file.replace(folder / file.name)
+    aside = folder / ".adapter"  # PEFT adds a card of its own, which would mark the end
+    shutil.rmtree(aside, ignore_errors=True)  # of an interrupted save
+    model.save_pretrained(aside, safe_serialization=False)
+    model.save_pretrained(aside, safe_serialization=True)
+    for file in aside.glob("adapter_*"):
+        file.replace(folder / file.name)
+    shutil.rmtree(aside)
     verify_adapter(model, folder)
 
 
@@ -2187,7 +2412,7 @@ torch {torch.__version__}, transformers {transformers.__version__}
 
 
 # ======================================================================================================================
-# 14 · Plan — devices, output folder, everything that can be checked before anything is loaded; what will be done.
+# 15 · Plan — devices, output folder, everything that can be checked before anything is loaded; what will be done.
 # ======================================================================================================================
 
 
@@ -2255,27 +2480,11 @@ def run_state(output_dir: Path) -> str:
     if not output_dir.is_dir():
         return "foreign" if output_dir.exists() else "nothing"
     names = {path.name for path in output_dir.iterdir()}
-    if names <= {RUN_SETTINGS}:
+    if names <= {RUN_SETTINGS, f".{RUN_SETTINGS}"}:
         return "nothing"
     if RUN_SETTINGS not in names:
         return "foreign"
     return "finished" if MODEL_CARD in names else "unfinished"
-
-
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint: the Trainer writes its state last."""
-    complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{TRAINER_STATE}") if is_whole(path)]
-    numbered = [path for path in complete if path.name.removeprefix("checkpoint-").isdecimal()]
-    return max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-
-
-def is_whole(state: Path) -> bool:
-    """Whether a JSON file was written to its end."""
-    try:
-        json.loads(state.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True
 
 
 def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]:
@@ -2298,13 +2507,6 @@ def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]
         file = soft_prompt_file(Path(args.prompt_embedding_path).expanduser())
         digests["soft prompt"] = hashlib.sha256(file.read_bytes()).hexdigest()
     return settings | {"ranks": devices.ranks, "content": digests}
-
-
-def record_settings(args: ScriptArguments, settings: Mapping[str, Any]) -> None:
-    """Writes the file that makes the output folder this run's."""
-    aside = args.output_path / f".{RUN_SETTINGS}"
-    aside.write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
-    aside.replace(args.output_path / RUN_SETTINGS)
 
 
 def resume_problems(args: ScriptArguments, devices: Devices) -> list[str]:
@@ -2351,8 +2553,8 @@ def output_problems(args: ScriptArguments) -> list[str]:
     if args.log_path.resolve().is_relative_to(folder.resolve()):
         return [f"{describe('log_dir', args.log_dir)}: lies in OUTPUT_DIR, with which it would be moved; name another"]
     state = run_state(folder)
-    if args.resume and newest_checkpoint(folder) is None:
-        return [f"{where}: RESUME is true, but there is no complete checkpoint in it; set RESUME=false, OVERWRITE=true"]
+    if args.resume and not (folder / RUN_SETTINGS).exists():
+        return [f"{where}: RESUME is true, but there is no run in it; name its folder or set RESUME=false"]
     if args.resume and state == "finished":
         return [f"{where}: RESUME is true, but the run in it is finished; set RESUME=false to start a new one"]
     if state == "foreign":
@@ -2370,11 +2572,6 @@ def output_problems(args: ScriptArguments) -> list[str]:
         if any(Path(place).is_relative_to(folder.resolve()) for place in (os.path.abspath(path), Path(path).resolve()))
     ]
     return [f"{where}: the run in it must make way, but {path} lies in it; name another folder" for path in inside]
-
-
-def lock_of(folder: Path) -> Path:
-    """The lock file of a folder stands beside it, so that it stays when the folder is moved."""
-    return folder.parent / f".{folder.name}.lock"
 
 
 def lock_folder(name: str, folder: Path) -> Any:
@@ -2512,7 +2709,10 @@ def describe_prefix(args: ScriptArguments) -> str:
 def describe_output(args: ScriptArguments) -> str:
     """The output folder and what becomes of an earlier run in it."""
     if args.resume:
-        return f"{args.output_dir}, resumed from {newest_checkpoint(args.output_path).name}"
+        newest, skipped = newest_checkpoint(args.output_path), skipped_checkpoints(args.output_path)
+        incomplete = "".join(f"; {path.name} is incomplete and skipped" for path in skipped)
+        start = f"resumed from {newest.name}" if newest else "begun again: no checkpoint in it is complete"
+        return f"{args.output_dir}, {start}{incomplete}"
     what = {"finished": "replaced" if args.overwrite else "moved aside", "unfinished": "replaced"}
     state = run_state(args.output_path)
     return args.output_dir + (f" (the {state} run in it is {what[state]})" if state in what else "")
@@ -2570,7 +2770,7 @@ def unused_path(folder: Path, name: str) -> Path:
 
 
 # ======================================================================================================================
-# 15 · Main — parse, check, build, train, save.
+# 16 · Main — parse, check, build, train, save.
 # ======================================================================================================================
 
 
@@ -2596,6 +2796,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The libraries call their own deprecated names, and accelerate compares a default with DeepSpeed's setting.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no library runs code that a tensor file asks for
     args = with_absolute_folders(parse_arguments(argv))
     devices, pairs, reports = check_inputs(args)
     if args.plan:
@@ -2627,18 +2828,21 @@ def train(
     if is_main:
         locks = [lock_folder("output_dir", args.output_path), lock_folder("log_dir", args.log_path)]
         settings = recorded_settings(args, devices)  # reads the input files, before anything is moved
-        earlier = None if args.resume else make_way(args)
-        record_settings(args, settings)
+        with writing(args.output_path):
+            earlier = None if args.resume else make_way(args)
+            write_json(args.output_path / RUN_SETTINGS, settings)  # makes the folder this run's
     trainer = PreferenceGuidedDPOTrainer(
         model, hf_args, args, datasets["train"], datasets["test"], tokenizer, base_logps, soft_prompt
     )
     trainer.add_callback(RunCallback(trainer))
     trainer.add_callback(TagCallback(args.log_path, hyperparameters(args)))
     trainer.add_callback(LossProgressCallback)
-    checkpoint_path = newest_checkpoint(Path(hf_args.output_dir)) if args.resume else None
-    trainer.train(resume_from_checkpoint=str(checkpoint_path) if checkpoint_path else None)
+    checkpoint_path = newest_checkpoint(args.output_path) if args.resume else None
+    with deepspeeds_own_classes():
+        trainer.train(resume_from_checkpoint=str(checkpoint_path) if checkpoint_path else None)
     if is_main:
-        save_run(trainer, Path(hf_args.output_dir), reports)
+        with writing(args.output_path, args.output_path):
+            save_run(trainer, args.output_path, reports)
         if args.overwrite and earlier is not None:
             shutil.rmtree(earlier)
         print_result(trainer)
@@ -2743,7 +2947,8 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (InputError, SelfCheckError, NotImplementedError) as error:
-        if os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ:
+    except (InputError, RunError, SelfCheckError, NotImplementedError) as error:
+        speaks = os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ  # most hold for all ranks alike
+        if speaks or isinstance(error, WriteError):
             print(f"error:\n{error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, InputError) else 1)

@@ -1,6 +1,8 @@
 """Model: what a model path may be, what fits the model, and the bundled model's conversion."""
 
 import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -210,7 +212,6 @@ def test_a_conversion_leaves_one_complete_folder(conversion):
 
 def test_an_interrupted_conversion_leaves_nothing(conversion, monkeypatch):
     def full_disk(folder):
-        (folder / "half").parent.mkdir(exist_ok=True)
         (folder / "half").write_text("x")
         raise OSError("No space left on device")
 
@@ -220,12 +221,38 @@ def test_an_interrupted_conversion_leaves_nothing(conversion, monkeypatch):
     assert conversion.files() == []
 
 
-def test_a_conversion_that_comes_second_keeps_the_first(conversion):
-    conversion.target.mkdir(parents=True)
-    (conversion.target / "config.json").write_text("first")
+def test_a_killed_conversion_is_done_again(conversion):
+    half = conversion.target.with_name(".Small")
+    half.mkdir(parents=True)
+    (half / "junk").write_text("half a file")
     conversion.run()
-    assert (conversion.target / "config.json").read_text() == "first"
     assert [path.name for path in conversion.target.parent.iterdir()] == ["Small"]
+    assert "junk" not in conversion.files()
+
+
+def test_two_runs_convert_the_bundled_model_once(monkeypatch, tmp_path, capsys):
+    """The second waits for the first one's lock and then finds the model."""
+    target, calls = tmp_path / "models" / "Small", []
+
+    def convert(gguf_file, folder):
+        calls.append(folder)
+        time.sleep(0.3)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(T, "BUNDLED_MODEL_DIR", target)
+    monkeypatch.setattr(T, "bundled_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(T, "convert_bundled_model", convert)
+    with ThreadPoolExecutor() as pool:
+        assert set(pool.map(T.resolve_model_path, ["", "", ""])) == {str(target)}
+    assert calls == [target] and capsys.readouterr().out.count("converting the bundled model") == 1
+
+
+def test_a_conversion_without_room_names_the_folder(monkeypatch, tmp_path):
+    (tmp_path / "models").write_text("a file in the way")
+    monkeypatch.setattr(T, "BUNDLED_MODEL_DIR", tmp_path / "models" / "Small")
+    with pytest.raises(T.WriteError, match=r"models/Small cannot be written: .*MiB are free there. Make room"):
+        T.resolve_model_path("")
 
 
 def test_the_bundled_tokenizer_splits_digits(bundled_model):
