@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forkserver
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -131,16 +132,19 @@ def launch(variables: dict[str, str], *flags: str, cwd: Path, timeout: int = 400
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, **options)
 
 
-def train(variables: dict[str, str], cwd: Path, timeout: int = 400):
-    """Runs the module as DeepSpeed's launcher would start its only rank, without the launcher's own start-up time."""
+def start(variables: dict[str, str], cwd: Path, program: Path = forkserver.PROGRAM) -> forkserver.Run:
+    """Starts the module as DeepSpeed's launcher would start its only rank, without the launcher's own start-up time."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     flags = [word for name, value in variables.items() for word in (f"--{name.lower()}", value)]
-    command = [sys.executable, str(PROJECT / "train_with_preference_prompt.py"), *flags]
-    environment = {**os.environ, **rank, "LOCAL_SIZE": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    return forkserver.start(flags, {**rank, "LOCAL_SIZE": "1", "DS_ACCELERATOR": "cpu"}, cwd, program)
+
+
+def train(variables: dict[str, str], cwd: Path, program: Path = forkserver.PROGRAM) -> subprocess.CompletedProcess:
+    """Runs the module as the only rank, to its end."""
+    return start(variables, cwd, program).wait()
 
 
 def output_of(cwd: Path) -> Path:

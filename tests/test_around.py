@@ -1,13 +1,16 @@
 """Around the updates: the self-checks pass on a sound run (test_trainer) and stop a broken one, which is shown here."""
 
+import os
+import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROJECT, output_of, train
+from conftest import PREFERENCE, PROJECT, ROWS, make_model, output_of, train
 from test_forward import pack, soft_prompt_of, with_soft_prefix
 
 import train_with_preference_prompt as T
@@ -91,28 +94,123 @@ import sys, torch
 sys.path.insert(0, {project!r})
 import train_with_preference_prompt as T
 {patch}
-try:
-    T.main()
-except T.SelfCheckError as error:
-    print(error, file=sys.stderr)
-    sys.exit(1)
+T.program()
 """
 
 
-@pytest.mark.parametrize("broken", SABOTAGE)
-def test_a_broken_run_is_stopped(broken, tiny_run, tmp_path, monkeypatch):
-    patch, words = SABOTAGE[broken]
-    script = tmp_path / "sabotaged.py"
+def sabotaged(patch: str, folder: Path) -> Path:
+    """The program with a patch applied first."""
+    script = folder / "sabotaged.py"
     script.write_text(SCRIPT.format(project=str(PROJECT), patch=textwrap.dedent(patch)))
-    run = subprocess.run
+    return script
 
-    def run_sabotaged(command, **options):
-        return run([sys.executable, str(script), *command[2:]], **options)
 
-    monkeypatch.setattr(subprocess, "run", run_sabotaged)
-    result = train(tiny_run, tmp_path)
+@pytest.mark.parametrize("broken", SABOTAGE)
+def test_a_broken_run_is_stopped(broken, tiny_run, tmp_path):
+    patch, words = SABOTAGE[broken]
+    result = train(tiny_run, tmp_path, sabotaged(patch, tmp_path))
     assert result.returncode == 1 and words in result.stderr, result.stderr[-2000:]
+    assert result.stderr.count("error:\n") == 1
     assert not (output_of(tmp_path) / T.MODEL_CARD).exists()
+
+
+# From the second update on the loss of one pair, or only its gradient, is not finite.
+POISON = """
+class Poison(torch.autograd.Function):
+    @staticmethod
+    def forward(context, loss, factor):
+        context.save_for_backward(factor)
+        return loss.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * context.saved_tensors[0], None
+
+score = T.PreferenceGuidedDPOTrainer.score
+def poisoned(self, model, batch, guided):
+    metrics = score(self, model, batch, guided)
+    training = self.model.training or torch.is_grad_enabled()
+    if self.state.global_step >= 1 and training == {training}:
+        factor = torch.where(batch["indices"] == {place}, float("{value}"), 1.0)
+        metrics["loss"] = Poison.apply(metrics["loss"], factor) if {gradient} else metrics["loss"] * factor
+    return metrics
+T.PreferenceGuidedDPOTrainer.score = poisoned
+"""
+# The rows of the tiny data are trained on in the order 7, 9, 2, 8, 1 | 3, 11, 12, 5, 4 | 6, 10 (seed 42).
+NOT_FINITE = {
+    "a loss": ({"training": True, "place": 2, "value": "nan", "gradient": False}, ["loss/train is nan", "row 3 of"]),
+    "an infinite loss": (
+        {"training": True, "place": 2, "value": "inf", "gradient": False},
+        ["loss/train is inf", "row 3 of"],
+    ),
+    "a gradient": (
+        {"training": True, "place": 11, "value": "nan", "gradient": True},
+        ["optim/grad_norm is ", "row 12 of"],
+    ),
+    "an infinite gradient": (
+        {"training": True, "place": 11, "value": "inf", "gradient": True},
+        ["optim/grad_norm is ", "row 12 of"],
+    ),
+    "a test pair's loss": (
+        {"training": False, "place": 4, "value": "nan", "gradient": False},
+        ["loss/eval is nan", "row 5 of"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_a_number_that_is_not_finite_stops_the_run(case, tiny_run, tmp_path):
+    """With the update, the pair's row, its file and the last good checkpoint; nothing broken is ever saved."""
+    poison, words = NOT_FINITE[case]
+    result = train({**tiny_run, "EVAL_STEPS": "1"}, tmp_path, sabotaged(POISON.format(**poison), tmp_path))
+    assert result.returncode == 1 and result.stderr.count("error:\n") == 1 and "Traceback" not in result.stderr
+    message = result.stderr.split("error:\n")[1]
+    split, update = ("train", 2) if poison["training"] else ("test", 1)
+    for phrase in (f"update {update}: ", *words, tiny_run[f"{split.upper()}_DATASET_PATH"], "lower LEARNING_RATE"):
+        assert phrase in message, (phrase, message)
+    if update == 2:
+        assert f"{output_of(tmp_path)}/checkpoint-1 is complete, from which RESUME=true continues" in message
+    assert [path.name for path in T.checkpoints(output_of(tmp_path))] == ["checkpoint-1"] * (update - 1)
+
+
+def test_the_pairs_that_are_not_finite_are_found_on_every_rank(tiny_run, tmp_path):
+    """Two ranks, the second update is rows 11, 12, 5, 4, 6, 10: the second rank has row 12, the first one names it."""
+    cores = T.CORES
+    if cores < 2:
+        pytest.skip("two ranks need two cores")
+    script = sabotaged(POISON.format(training=True, place=11, value="nan", gradient=False), tmp_path)
+    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": "2"}
+    flags = [f"--{n.lower()}={v}" for n, v in {**tiny_run, "CPU_RANKS": "2", "GRADIENT_ACCUM_STEPS": "3"}.items()]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), *flags],
+            cwd=tmp_path,
+            env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank, "DS_ACCELERATOR": "cpu"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    (first, second) = (rank.communicate(timeout=300)[1] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [1, 1], first[-2000:] + second[-2000:]
+    assert "loss/train is nan" in first and "it comes from row 12 of" in first and "error:" not in second
+
+
+def test_a_reference_that_is_not_finite_names_the_row(tiny_run, tokenizer, tmp_path):
+    """The embedding of a token that one training pair alone has is not a number."""
+    model = make_model("qwen2", len(tokenizer))
+    ids = [set(tokenizer(" ".join(row.values())).input_ids) for row in ROWS]
+    only_in_4 = ids[3].difference(*ids[:3], *ids[4:], tokenizer(PREFERENCE + "Again: Tell me: ").input_ids)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[min(only_in_4)] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    variables = {**tiny_run, "POLICY_MODEL_PATH": str(tmp_path / "model"), "PAIRS_PER_FORWARD": "1"}
+    result = train(variables, tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    words = "the reference's log-probabilities of 2 pairs are not finite: rows 4, 10 of"
+    assert f"{words} {tiny_run['TRAIN_DATASET_PATH']}" in result.stderr
 
 
 @pytest.mark.parametrize("condition", ["base", "pref"])
