@@ -109,8 +109,11 @@ run() {
   set +m
   [[ -z "$SIGNAL" ]] || kill -TERM -- "-$GROUP" 2>/dev/null || true  # it came while the group began
   wait "$GROUP" || code=$?
-  for ((i = 0; i < 100; i++)); do kill -0 -- "-$GROUP" 2>/dev/null || break; sleep 0.1; done
-  kill -KILL -- "-$GROUP" 2>/dev/null || true
+  for ((i = 0; i < 120; i++)); do  # seconds for what is left, where DeepSpeed's launcher itself was killed
+    kill -0 -- "-$GROUP" 2>/dev/null || break
+    case "$i" in 10) kill -TERM -- "-$GROUP" 2>/dev/null || true ;; 100) kill -KILL -- "-$GROUP" 2>/dev/null || true ;; esac
+    sleep 0.1
+  done
   GROUP=""
   exit_if_stopped
   return "$code"

@@ -1106,7 +1106,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """All checkpoints by their update, whether complete or not."""
-    numbers = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")]
+    numbers = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*") if path.is_dir()]
     return [output_dir / f"checkpoint-{n}" for n in sorted((n for n in numbers if n.isdecimal()), key=int)]
 
 
