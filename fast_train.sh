@@ -145,11 +145,11 @@ PYTHON
 
 # Sets PYTHON to an interpreter that has the packages: the active environment's, else that of .venv, made if need be.
 set_up_python() {
-  local requirements="$PROJECT/requirements.txt" bundled="$PROJECT/requirements-bundled.txt" system needed
+  local requirements="$PROJECT/requirements.txt" bundled="$PROJECT/requirements-bundled.txt" found system needed
   needed=("$requirements")
   if [[ -z "$POLICY_MODEL_PATH" ]]; then needed+=("$bundled"); fi
-  system="$(command -v python3 || command -v python)" || fail "no python3 was found; install Python 3.10 or newer"
-  system="$("$system" -c 'import sys; print(sys.executable)')" || fail "$system does not run; install Python 3.10 or newer"
+  found="$(command -v python3 || command -v python)" || fail "no python3 was found; install Python 3.10 or newer"
+  system="$("$found" -c 'import sys; print(sys.executable)')" || fail "$found does not run; install Python 3.10 or newer"
   "$system" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$system is too old; Python 3.10 or newer is needed"
   PYTHON="$system"
   if satisfies "$PYTHON" - "${needed[@]}"; then return; fi
@@ -179,6 +179,7 @@ flags() {
   for name in "$@"; do FLAGS+=("--${name,,}=${!name}"); done
 }
 
+cd . 2>/dev/null || fail "the working folder is gone; change to another one"
 case "${DRY_RUN,,}" in
   0 | false | no | off | "") DRY_RUN=false ;;
   1 | true | yes | on) DRY_RUN=true ;;

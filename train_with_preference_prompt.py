@@ -20,6 +20,7 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -40,6 +41,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import jinja2
@@ -67,6 +69,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.logging import tqdm
 
@@ -239,19 +242,21 @@ class ScriptArguments:
     @property
     def dataset_paths(self) -> dict[str, Path]:
         chosen = {"train": self.train_dataset_path, "test": self.test_dataset_path}
-        return {split: Path(path).expanduser() if path else BUNDLED_DATA[split] for split, path in chosen.items()}
+        return {
+            split: Path(os.path.expanduser(path)) if path else BUNDLED_DATA[split] for split, path in chosen.items()
+        }
 
     @property
     def output_path(self) -> Path:
-        return Path(self.output_dir).expanduser()
+        return Path(os.path.expanduser(self.output_dir))
 
     @property
     def log_path(self) -> Path:
-        return Path(self.log_dir).expanduser()
+        return Path(os.path.expanduser(self.log_dir))
 
     @property
     def ds_config_path(self) -> Path:
-        path = Path(self.ds_config).expanduser()
+        path = Path(os.path.expanduser(self.ds_config))
         return path if path.exists() else PROJECT_DIR / path
 
 
@@ -296,9 +301,9 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "warmup_ratio": (lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
     "weight_decay": (lambda x: 0 <= x < math.inf, "must be a finite number of at least 0"),
     "max_grad_norm": (lambda x: 0 < x < math.inf, "must be a finite number above 0; 1.0 is usual"),
-    "num_epochs": (lambda x: 0 < x < math.inf, "must be a finite number above 0"),
-    "gradient_accum_steps": (lambda x: x >= 1, "must be at least 1: it counts the pairs of an update"),
-    "pairs_per_forward": (lambda x: x >= 1, "must be at least 1: it counts the pairs of one forward pass"),
+    "num_epochs": (lambda x: 0 < x <= 10**6, "must be above 0 and at most 10**6"),
+    "gradient_accum_steps": (lambda x: 1 <= x <= 2**20, "must be 1 to 2**20: it counts the pairs of an update"),
+    "pairs_per_forward": (lambda x: 1 <= x <= 2**20, "must be 1 to 2**20: it counts the pairs of one forward pass"),
     "lora_r": (lambda x: 1 <= x <= 4096, "must be 1 to 4096; 16 is usual"),
     "lora_alpha": (lambda x: 1 <= x <= 2**20, "must be 1 to 2**20; twice LORA_R is usual"),
     "lora_dropout": (lambda x: 0 <= x < 1, "must be at least 0 and below 1; 0.05 to 0.1 is usual"),
@@ -307,14 +312,25 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda x: 0 <= x < 2**32, "must lie between 0 and 2**32 - 1"),
     "eval_steps": (lambda x: x >= 0, "must be at least 0 updates; 0 evaluates only at the start and the end"),
     "cpu_ranks": (lambda x: 1 <= x <= CORES, f"must be 1 to {CORES}, the cores that there are"),
-    "output_dir": (lambda x: x.strip() and x.isprintable(), "must name a folder, without control characters"),
-    "log_dir": (lambda x: x.strip() and x.isprintable(), "must name a folder, without control characters"),
+    "output_dir": (str.strip, "must name a folder"),
+    "log_dir": (str.strip, "must name a folder"),
     "preference_text": (
         lambda x: x.isascii() or not any("\ud800" <= c <= "\udfff" or c in PLACEHOLDER for c in x),
         "must be text in UTF-8, without the private-use characters U+E000 and U+E001",
     ),
     "lr_scheduler_type": (lambda x: x in SCHEDULES, "must be one of " + ", ".join(SCHEDULES)),
 }
+
+
+PATHS = (
+    "prompt_embedding_path",
+    "policy_model_path",
+    "train_dataset_path",
+    "test_dataset_path",
+    "output_dir",
+    "log_dir",
+    "ds_config",
+)
 
 
 class FlagParser(HfArgumentParser):
@@ -327,8 +343,9 @@ class FlagParser(HfArgumentParser):
     def _get_value(self, action, arg_string):
         try:
             return super()._get_value(action, arg_string)
-        except ArgumentError as error:
-            self.problems.append(f"{describe(action.dest, arg_string)}: {error.message}")
+        except ArgumentError:
+            kind = {int: "a whole number", float: "a number"}.get(action.type, "true or false")
+            self.problems.append(f"{describe(action.dest, arg_string)}: must be {kind}")
             return action.default
 
     def error(self, message):
@@ -336,23 +353,46 @@ class FlagParser(HfArgumentParser):
 
     def unknown(self, rest: Iterable[str]) -> list[str]:
         """One problem per word that was not understood, with the nearest flag."""
-        known = [option for action in self._actions for option in action.option_strings]
+        known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
         problems = []
         for flag in rest:
-            nearest = difflib.get_close_matches(flag.split("=")[0], known, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all flags"
+            nearest = difflib.get_close_matches(flag.split("=")[0].lstrip("-"), known, n=1, cutoff=0.75)
+            hint = f"did you mean --{nearest[0]}?" if nearest else "--help lists all flags"
             problems.append(f"{flag!r} is not a flag of this program nor the value of one; {hint}")
         return problems
 
 
 def describe(name: str, value: Any) -> str:
     """How a setting is named in an error: the launcher's variable, the flag and the value."""
-    return f"{name.upper()} (--{name}) is {value!r}"
+    return f"{name.upper()} (--{name}) is {shortened(repr(value))}"
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """Text that fits into an error."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def path_problems(args: ScriptArguments) -> list[str]:
+    """Why a path cannot be looked up at all."""
+    problems = []
+    for name in PATHS:
+        path, where = getattr(args, name), describe(name, getattr(args, name))
+        if re.search(r"[\x00-\x1f\x7f-\x9f]", path):
+            problems.append(f"{where}: holds control characters; name a path without them")
+            continue
+        if (whole := os.path.expanduser(path)).startswith("~"):
+            problems.append(f"{where}: there is no user {path.split('/')[0].lstrip('~')}; name another path")
+        try:
+            os.stat(whole)
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                problems.append(f"{where}: {error.strerror.lower()}; name another path")
+    return problems
 
 
 def argument_problems(args: ScriptArguments) -> list[str]:
     """Every setting that cannot be used, one line each: variable, flag, value, reason and remedy."""
-    problems = []
+    problems = path_problems(args)
     for name, (accepted, reason) in ONLY.items():
         if (value := getattr(args, name)) not in accepted:
             values = " or ".join(repr(value) for value in accepted)
@@ -367,8 +407,8 @@ def argument_problems(args: ScriptArguments) -> list[str]:
         )
     if args.training_mode == "embedding" and not args.prompt_embedding_path:
         problems.append(
-            "TRAINING_MODE (--training_mode) is 'embedding', but PROMPT_EMBEDDING_PATH (--prompt_embedding_path) is "
-            f"empty; name a soft prompt, such as the {SOFT_PROMPT} that TRAINING_MODE=ptuning writes"
+            f"{describe('prompt_embedding_path', '')}, but TRAINING_MODE is 'embedding'; name a soft prompt, such as "
+            f"the {SOFT_PROMPT} that TRAINING_MODE=ptuning writes"
         )
     if args.training_mode != "embedding" and args.prompt_embedding_path:
         problems.append(
@@ -387,20 +427,29 @@ def argument_problems(args: ScriptArguments) -> list[str]:
             f"{args.loss_type!r}; set the one to 0 or the other to robust"
         )
     if args.resume and args.overwrite:
-        problems.append("RESUME and OVERWRITE are both true: set one of them to false")
+        problems.append(f"{describe('resume', True)}, and so is OVERWRITE: set one of them to false")
     return problems
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> ScriptArguments:
-    """Reads the command line.
+def read_arguments(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, list[str]]:
+    """The settings of a command line, and every unknown flag, value of a wrong type and value out of range.
 
     Raises:
-        InputError: listing every unknown flag, value of a wrong type and value out of range.
+        InputError: the command line cannot be read.
     """
     parser = FlagParser()
     args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     rest = [word for word in rest if not word.startswith("--local_rank=")]  # passed by the DeepSpeed launcher
-    problems = parser.problems + parser.unknown(rest) + argument_problems(args)
+    return args, parser.problems + parser.unknown(rest) + argument_problems(args)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> ScriptArguments:
+    """The settings of a command line.
+
+    Raises:
+        InputError: listing everything that is wrong with them.
+    """
+    args, problems = read_arguments(argv)
     if problems:
         raise InputError(*problems)
     return args
@@ -469,7 +518,9 @@ def parse_row(text: bytes, row: int) -> Pair:
         ValueError: naming what is wrong with the row, and the field where it is one.
     """
     try:
-        record = json.loads(text.decode("utf-8"), object_pairs_hook=unique_fields)
+        # only texts are used: of a number the first digits will do, as int refuses endless ones
+        first_digits = {"parse_int": lambda digits: int(digits[:9])}
+        record = json.loads(text.decode("utf-8"), object_pairs_hook=unique_fields, **first_digits)
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 ({error.reason}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -480,7 +531,7 @@ def parse_row(text: bytes, row: int) -> Pair:
         raise ValueError(f"is {type(record).__name__}, not an object with the fields {', '.join(PAIR_FIELDS)}")
     for name in PAIR_FIELDS:
         if name not in record:
-            raise ValueError(f"has no field {name!r}; it has {', '.join(map(repr, record)) or 'none'}")
+            raise ValueError(f"has no field {name!r}; it has {shortened(', '.join(map(repr, record)) or 'none')}")
         if not isinstance(record[name], str):
             raise ValueError(f"field {name!r} is {type(record[name]).__name__}, not a string")
         if any("\ud800" <= character <= "\udfff" for character in record[name]):
@@ -490,25 +541,42 @@ def parse_row(text: bytes, row: int) -> Pair:
     return Pair(*(record[name] for name in PAIR_FIELDS), row=row)
 
 
+# How files of other kinds begin → what they are, and what to do.
+OTHER_KINDS = {
+    b"\xff\xfe": "is UTF-16; save the file as UTF-8",
+    b"\xfe\xff": "is UTF-16; save the file as UTF-8",
+    b"\x1f\x8b": "is packed with gzip; unpack it",
+    b"PK\x03\x04": "is a zip archive; unpack it",
+    b"PAR1": "is Parquet; convert it to JSON lines",
+}
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The non-empty lines of a UTF-8 file with their numbers."""
+    """The non-empty lines of a UTF-8 file with their numbers.
+
+    Raises:
+        InputError: there is no such file, it cannot be read, is of another kind or has an endless line.
+    """
+    fields = ", ".join(PAIR_FIELDS)
     if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"data file {path} {kind}; name a JSON lines file with {', '.join(PAIR_FIELDS)} in each row")
+        kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+        raise InputError(f"data file {path} {kind}; name a JSON lines file with {fields} in each row")
     try:
         with path.open("rb") as file:
             for row in itertools.count(1):
-                raw = file.readline((MAX_ROW_MIB << 20) + 1)
-                if not raw:
+                line = file.readline((MAX_ROW_MIB << 20) + 1)
+                if not line:
                     return
-                if len(raw) > MAX_ROW_MIB << 20:
-                    raise InputError(
-                        f"data file {path}, row {row}: is longer than {MAX_ROW_MIB} MiB; write one object a line, or "
-                        "take the row out"
-                    )
-                line = raw.removeprefix(b"\xef\xbb\xbf" if row == 1 else b"").strip()
-                if line:
-                    yield row, line
+                if row == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                    kind = next((kind for magic, kind in OTHER_KINDS.items() if line.startswith(magic)), None)
+                    if kind:
+                        raise InputError(f"data file {path} {kind}")
+                if len(line) > MAX_ROW_MIB << 20:
+                    what = f"is longer than {MAX_ROW_MIB} MiB; write one object a line, or take the row out"
+                    raise InputError(f"data file {path}, row {row}: {what}")
+                if line.strip():
+                    yield row, line.strip()
     except OSError as error:
         raise InputError(f"data file {path} cannot be read: {error.strerror}; check its permissions") from None
 
@@ -537,7 +605,9 @@ def read_pairs(path: Path) -> tuple[list[Pair], DataReport]:
         more = len(problems) - MAX_LISTED_PROBLEMS
         raise InputError(*problems[:MAX_LISTED_PROBLEMS], *([f"… and {more} more rows of {path}"] if more > 0 else []))
     if not pairs:
-        why = f"none of its {report.rows} rows is usable: {report.describe_dropped()}" if report.rows else "it is empty"
+        why = f"it is empty; write one object with {', '.join(PAIR_FIELDS)} a line"
+        if report.rows:
+            why = f"none of its {report.rows} rows is usable: {report.describe_dropped()}; give two different answers"
         raise InputError(f"data file {path}: {why}")
     return pairs, report
 
@@ -1088,7 +1158,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def mark_complete(checkpoint: Path) -> None:
     """Lists, last of all, the files of a checkpoint and their sizes, once they are on the disk."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKPOINT_FILES)
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -1218,49 +1288,67 @@ def resolve_model_path(path: str) -> str:
     return str(BUNDLED_MODEL_DIR)
 
 
-def unusable_model(path: str, action: str, error: Exception) -> str:
-    """What a library says of a model that it cannot use, its first line."""
-    return f"{describe('policy_model_path', path)}: it cannot be {action}: {str(error).strip().splitlines()[0]}"
+def unusable_model(path: str, what: str, error: Exception) -> str:
+    """What a library says, in its first sentence, of a model that it cannot use."""
+    says = " ".join(f"{type(error).__name__}: {error}".split()).split(". ")[0]
+    if "trust_remote_code" in str(error):
+        says = "it brings code of its own (auto_map), which is never run"
+    return f"{describe('policy_model_path', path)}: {what}: {shortened(says)}; name another model folder or hub id"
 
 
-def load_config_and_tokenizer(path: str):
-    """The model's configuration and tokenizer.
+def load_config_and_tokenizer(path: str, named: str = ""):
+    """The model's configuration and tokenizer; no code that comes with it is run.
+
+    Args:
+        named: how the user named the model, for an error.
 
     Raises:
         InputError: either cannot be loaded, or the configuration is not one of a causal language model.
     """
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(unusable_model(path, "loaded", error)) from error
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    named, loaded = named or path, []
+    for kind, file in ((AutoConfig, "config.json"), (AutoTokenizer, "tokenizer.json")):
+        try:
+            loaded.append(kind.from_pretrained(path, trust_remote_code=False))
+        except Exception as error:  # damaged files raise anything
+            raise InputError(unusable_model(named, f"it cannot be loaded ({file})", error)) from error
+    config, tokenizer = loaded
+    trained_as = set(config.architectures or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if not known or trained_as.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        kind = ", ".join(config.architectures or [config.model_type])
         raise InputError(
-            f"{describe('policy_model_path', path)}: {config.model_type!r} is not a causal language model; "
+            f"{describe('policy_model_path', named)}: {kind} is not a causal language model; "
             "name one that AutoModelForCausalLM can load"
         )
     return config, tokenizer
 
 
-def embedding_size(config) -> int:
-    """H of the model's input embeddings; it is laid out without weights to see it.
+def lay_out(config) -> PreTrainedModel:
+    """The model without weights, on the meta device, to see its layers.
 
     Raises:
         InputError: transformers cannot build such a model.
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config).get_input_embeddings().weight.shape[1]
-    except (ValueError, ImportError) as error:
-        raise InputError(unusable_model(config.name_or_path, "built", error)) from error
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # impossible sizes raise anything
+        raise InputError(unusable_model(config.name_or_path, "it cannot be built", error)) from error
+
+
+def embedding_size(config) -> int:
+    """H of the model's input embeddings."""
+    return lay_out(config).get_input_embeddings().weight.shape[1]
 
 
 def local_config(path: str) -> Any | None:
-    """The model's configuration where it is on this machine and can be read, else None."""
-    folder = Path(path).expanduser() if path else BUNDLED_MODEL_DIR
-    try:
-        return load_config_and_tokenizer(str(folder))[0] if (folder / "config.json").is_file() else None
-    except InputError:  # reported when the model is loaded
-        return None
+    """The model's configuration where the model is on this machine and need not be converted, else None.
+
+    Raises:
+        InputError: it is there and cannot be used.
+    """
+    folder = os.path.expanduser(path) or str(BUNDLED_MODEL_DIR)
+    return load_config_and_tokenizer(folder, path)[0] if Path(folder, "config.json").is_file() else None
 
 
 def context_limits(config) -> dict[str, int]:
@@ -1301,16 +1389,41 @@ def context_problems(config, args: ScriptArguments, prefix: Prefix, pairs: Seque
     ]
 
 
-def load_base_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model in `dtype`.
+def vocabulary_problems(config, path: str, pairs: Sequence[TokenizedPair]) -> list[str]:
+    """Why the model has no embedding for some token of the pairs."""
+    size = config.get_text_config().vocab_size
+    largest = max(max(ids) for p in pairs for ids in (p.prompt_ids, p.pref_prompt_ids, p.chosen_ids, p.rejected_ids))
+    if largest < size:
+        return []
+    return [
+        f"{describe('policy_model_path', path)}: its tokenizer makes token {largest}, but the model has only {size} "
+        "embeddings; put the tokenizer that belongs to the model into its folder"
+    ]
+
+
+def load_base_model(path: str, dtype: torch.dtype, named: str = "") -> PreTrainedModel:
+    """The base model in `dtype`; no code that comes with it is run.
+
+    Args:
+        named: how the user named the model, for an error.
 
     Raises:
-        InputError: its weights cannot be loaded, or its attention cannot be computed in packed trees.
+        InputError: its weights cannot be loaded or are not all there.
     """
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name the tensors, below
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
-        raise InputError(unusable_model(path, "loaded", error)) from error
+        model, found = AutoModelForCausalLM.from_pretrained(path, **options)
+    except Exception as error:  # damaged files raise anything
+        raise InputError(unusable_model(named or path, "its weights cannot be loaded", error)) from error
+    other_sizes = [name for name, *_ in found["mismatched_keys"]]
+    lacking = sorted([*found["missing_keys"], *other_sizes])  # they would begin at random
+    if lacking:
+        raise InputError(
+            f"{describe('policy_model_path', named or path)}: its weights lack {len(lacking)} tensors of the model, or "
+            f"have them in other sizes: {shortened(', '.join(lacking))}; name a folder with all of its weights"
+        )
+    return model
 
 
 def initial_ids(args: ScriptArguments, tokenizer: PreTrainedTokenizerBase, config) -> list[int]:
@@ -2597,16 +2710,47 @@ def check_locks(args: ScriptArguments) -> None:
             lock_folder(name, folder).close()
 
 
+# Parts of a DeepSpeed configuration that the arguments own: part → what to set instead; "auto" fills them in.
+OWNED = {
+    "train_batch_size": "GRADIENT_ACCUM_STEPS",
+    "train_micro_batch_size_per_gpu": "PAIRS_PER_FORWARD",
+    "gradient_accumulation_steps": "GRADIENT_ACCUM_STEPS",
+    "gradient_clipping": "--max_grad_norm",
+    "optimizer": "LEARNING_RATE",
+    "scheduler": "--lr_scheduler_type",
+    "bf16": "PRECISION",
+    "fp16": "PRECISION",
+}
+
+
 def ds_config_problems(args: ScriptArguments) -> list[str]:
     """Why the DeepSpeed configuration cannot be used."""
-    where = describe("ds_config", args.ds_config)
+    where, path = describe("ds_config", args.ds_config), args.ds_config_path
+    if not path.is_file():
+        what = "is no regular file" if path.exists() else "there is no such file"
+        return [f"{where}: {what}; name a DeepSpeed configuration"]
     try:
-        stage = json.loads(args.ds_config_path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
-    except (OSError, ValueError, AttributeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         return [f"{where}: not a readable JSON object ({error}); name a DeepSpeed configuration"]
-    if stage not in (1, 2):
-        return [f"{where}: ZeRO stage {stage} is not available in this version; use 1 or 2"]
-    return []
+    zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
+    if not isinstance(zero, dict):
+        return [f"{where}: not a JSON object, or its zero_optimization is none; name a DeepSpeed configuration"]
+    problems = []
+    for part, instead in OWNED.items():
+        value = config.get(part, "auto")
+        if (value.get("enabled", "auto") if isinstance(value, dict) and part in ("bf16", "fp16") else value) != "auto":
+            problems.append(f'{where}: {part} is {value!r}; set it to "auto" or leave it out, and set {instead}')
+    if (stage := zero.get("stage", 0)) not in (1, 2) or stage is True:
+        return [*problems, f"{where}: ZeRO stage {stage!r} is not available in this version; use 1 or 2"]
+    with contextlib.redirect_stdout(None):  # DeepSpeed greets there
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    try:
+        DeepSpeedZeroConfig(**{name: value for name, value in zero.items() if value != "auto"})
+    except ValueError as error:
+        reason = shortened(" ".join(str(error).split()))
+        problems.append(f"{where}: zero_optimization cannot be used: {reason}; mend it")
+    return problems
 
 
 def problems_of(check: Callable[..., Any], *arguments: Any) -> tuple[Any, list[str]]:
@@ -2635,33 +2779,48 @@ def soft_prompt_size(args: ScriptArguments) -> int | None:
     return size
 
 
-def check_inputs(args: ScriptArguments) -> tuple[Devices, dict[str, list[Pair]], dict[str, DataReport]]:
+def check_inputs(
+    args: ScriptArguments, problems: Sequence[str] = ()
+) -> tuple[Devices, dict[str, list[Pair]], dict[str, DataReport]]:
     """Everything that can be known before anything is loaded or written.
 
+    Args:
+        problems: those of the arguments; what they concern is not looked at any further.
+
     Raises:
-        InputError: listing all problems of devices, files, model and data together.
+        InputError: listing all problems of arguments, devices, files, model and data together.
     """
-    problems, pairs, reports = [], {}, {}
-    for check, argument in (
-        (model_problems, args.policy_model_path),
-        (output_problems, args),
-        (ds_config_problems, args),
+    problems = list(problems)
+    wrong = {name for name in vars(args) if any(line.startswith(f"{name.upper()} (--{name}) is") for line in problems)}
+
+    def check(concerns: set[str], function: Callable[..., Any], *arguments: Any) -> Any:
+        if concerns & wrong:
+            return None
+        found, failed = problems_of(function, *arguments)
+        problems.extend(failed)
+        wrong.update(concerns if failed else ())
+        return found
+
+    for concerns, function, argument in (
+        ({"policy_model_path"}, model_problems, args.policy_model_path),
+        ({"output_dir", "log_dir", "resume"}, output_problems, args),
+        ({"ds_config"}, ds_config_problems, args),
     ):
-        found, failed = problems_of(check, argument)
-        problems += (found or []) + failed
-    devices, failed = problems_of(lambda: resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus()))
-    problems += failed
-    for split, path in args.dataset_paths.items():
-        read, failed = problems_of(read_pairs, path)
-        problems += failed
-        pairs[split], reports[split] = read or (None, None)
-    if args.training_mode != "text":
-        problems += problems_of(soft_prompt_size, args)[1]
+        problems += check(concerns, function, argument) or []
+    config = check({"policy_model_path"}, local_config, args.policy_model_path)
+    if config is not None and not args.trains_prefix:
+        check({name for name in wrong if name.startswith("lora")}, lambda: add_adapter(lay_out(config), args))
+    devices = check(
+        {"gpu_nodes", "cpu_ranks"}, lambda: resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus())
+    )
+    read = {split: check({f"{split}_dataset_path"}, read_pairs, path) for split, path in args.dataset_paths.items()}
+    if args.training_mode == "embedding" or (args.trains_prefix and not problems):
+        check({"prompt_embedding_path", "policy_model_path"}, soft_prompt_size, args)
     if args.resume and not problems:
         problems += resume_problems(args, devices)
     if problems:
         raise InputError(*problems)
-    return devices, pairs, reports
+    return devices, *({split: part[k] for split, part in read.items()} for k in (0, 1))
 
 
 def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str, DataReport]) -> str:
@@ -2775,19 +2934,6 @@ def unused_path(folder: Path, name: str) -> Path:
 # ======================================================================================================================
 
 
-def with_absolute_folders(args: ScriptArguments) -> ScriptArguments:
-    """The same folders by absolute paths: one that is moved aside may hold the working directory.
-
-    Raises:
-        InputError: a path begins with ~ and a user that does not exist.
-    """
-    try:
-        folders = {"output_dir": str(args.output_path.absolute()), "log_dir": str(args.log_path.absolute())}
-    except RuntimeError as error:
-        raise InputError(f"OUTPUT_DIR {args.output_dir!r} or LOG_DIR {args.log_dir!r}: {error}") from None
-    return dataclasses.replace(args, **folders)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: checks everything, then shows the plan or trains.
 
@@ -2797,9 +2943,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The libraries call their own deprecated names, and accelerate compares a default with DeepSpeed's setting.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no library runs code that a tensor file asks for
-    args = with_absolute_folders(parse_arguments(argv))
-    devices, pairs, reports = check_inputs(args)
+    args, problems = read_arguments(argv)
+    # a folder that is moved aside may hold the working folder
+    folders = {"output_dir": str(args.output_path.absolute()), "log_dir": str(args.log_path.absolute())}
+    args = dataclasses.replace(args, **folders)
+    devices, pairs, reports = check_inputs(args, problems)
     if args.plan:
         check_locks(args)
         print(describe_plan(args, devices, reports), file=sys.stderr)
@@ -2816,20 +2964,23 @@ def train(
     is_main = hf_args.process_index == 0
     with hf_args.main_process_first():
         model_path = resolve_model_path(args.policy_model_path)
-    config, tokenizer = load_config_and_tokenizer(model_path)
+    config, tokenizer = load_config_and_tokenizer(model_path, args.policy_model_path)
     prefix, start = choose_prefix(args, config, tokenizer)
     tokenize = PairTokenizer(tokenizer, prefix, args.max_length, args.max_prompt_length)
     datasets = {split: PairDataset(tokenize_pairs(pairs[split], reports[split], tokenize)) for split in pairs}
-    problems = context_problems(config, args, prefix, [pair for dataset in datasets.values() for pair in dataset.pairs])
+    tokenized = [pair for dataset in datasets.values() for pair in dataset.pairs]
+    problems = vocabulary_problems(config, args.policy_model_path, tokenized) + context_problems(
+        config, args, prefix, tokenized
+    )
     if problems:
         raise InputError(*problems)
     if is_main:
         print_data_report(reports, datasets, tokenizer)
     model, soft_prompt, base_logps = build_policy(args, hf_args, model_path, start, datasets["train"])
     if is_main:
-        locks = [lock_folder("output_dir", args.output_path), lock_folder("log_dir", args.log_path)]
         settings = recorded_settings(args, devices)  # reads the input files, before anything is moved
         with writing(args.output_path):
+            locks = [lock_folder("output_dir", args.output_path), lock_folder("log_dir", args.log_path)]
             earlier = None if args.resume else make_way(args)
             write_json(args.output_path / RUN_SETTINGS, settings)  # makes the folder this run's
     trainer = PreferenceGuidedDPOTrainer(
@@ -2839,8 +2990,12 @@ def train(
     trainer.add_callback(TagCallback(args.log_path, hyperparameters(args)))
     trainer.add_callback(LossProgressCallback)
     checkpoint_path = newest_checkpoint(args.output_path) if args.resume else None
-    with deepspeeds_own_classes():
-        trainer.train(resume_from_checkpoint=str(checkpoint_path) if checkpoint_path else None)
+    try:
+        with deepspeeds_own_classes():
+            trainer.train(resume_from_checkpoint=str(checkpoint_path) if checkpoint_path else None)
+    except UnpicklingError as error:
+        reason = "it asks to run code, which is refused"
+        raise RunError(f"{checkpoint_path} cannot be read: {reason}. Remove it to resume from an older one") from error
     if is_main:
         with writing(args.output_path, args.output_path):
             save_run(trainer, args.output_path, reports)
@@ -2891,7 +3046,8 @@ def build_policy(
         SelfCheckError: the packed forward does not give what the model's own forward gives.
     """
     transformers.set_seed(args.seed)
-    model = load_base_model(model_path, precision_dtype(args.precision, not hf_args.use_cpu)).to(hf_args.device)
+    model = load_base_model(model_path, precision_dtype(args.precision, not hf_args.use_cpu), args.policy_model_path)
+    model.to(hf_args.device)
     soft_prompt = None
     if args.training_mode == "embedding":
         soft_prompt = nn.Embedding.from_pretrained(start).to(hf_args.device)
@@ -2945,6 +3101,7 @@ def print_result(trainer: PreferenceGuidedDPOTrainer) -> None:
 
 def program() -> None:
     """`main` as a program: what the user can mend is one message, with exit status 2 before a run began, else 1."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no library runs code that a tensor file asks for
     try:
         main()
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ The program is run by its file as `__main__`, with its own arguments, environmen
 
 import atexit
 import functools
+import gc
 import itertools
 import json
 import os
@@ -77,11 +78,13 @@ def serve() -> None:
     import accelerate.utils.deepspeed  # noqa: F401
     import deepspeed  # noqa: F401
     import peft  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
+    import torch.utils.tensorboard
     import transformers.integrations.deepspeed  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
     import transformers.trainer  # noqa: F401
 
+    torch.compile(len)  # DeepSpeed's optimizers do something like it, which imports for seconds
+    gc.freeze()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -56,9 +56,9 @@ BORDERS = {
     "warmup_ratio": (("0", "0.999"), ("-1e-9", "1", "nan")),
     "weight_decay": (("0", "1e9"), ("-1e-9", "inf", "nan")),
     "max_grad_norm": (("1e-9", "1e9"), ("0", "-1", "inf", "nan")),
-    "num_epochs": (("1e-9", "1e9"), ("0", "-1", "inf", "nan")),
-    "gradient_accum_steps": (("1", "512"), ("0", "-1")),
-    "pairs_per_forward": (("1", "512"), ("0", "-1")),
+    "num_epochs": (("1e-9", "1e6"), ("0", "1e9", "-1", "inf", "nan")),
+    "gradient_accum_steps": (("1", str(2**20)), ("0", "-1", str(2**20 + 1))),
+    "pairs_per_forward": (("1", str(2**20)), ("0", "-1", str(2**20 + 1))),
     "lora_r": (("1", "512"), ("0", "-1")),
     "lora_alpha": (("1", "512"), ("0", "-1")),
     "lora_dropout": (("0", "0.999"), ("-1e-9", "1", "nan")),
@@ -68,7 +68,7 @@ BORDERS = {
     "eval_steps": (("0", "1"), ("-1",)),
     "cpu_ranks": (("1", str(CORES)), ("0", "-1", str(CORES + 1))),
     "output_dir": (("x",), ("", " ")),
-    "log_dir": (("x",), ("", " ", "a\nb")),
+    "log_dir": (("x",), ("", " ")),
     "preference_text": (("", "a\nb", "简短"), ("\udcff", "\ue000")),
     "lr_scheduler_type": (("linear", "cosine", "constant"), ("", "Linear", "triangular")),
 }
@@ -293,6 +293,21 @@ def test_only_the_robust_loss_smooths_labels(loss_type):
     assert loss_type in line and "set the one to 0 or the other to robust" in line
 
 
+@pytest.mark.parametrize("name", T.PATHS)
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("~nobody7/x", "there is no user nobody7; name another path"),
+        ("x" * 300, "file name too long; name another path"),
+        ("a\nb", "holds control characters; name a path without them"),
+    ],
+)
+def test_a_path_that_cannot_be_looked_up(name, path, words):
+    mode = ["--training_mode=embedding"] if name == "prompt_embedding_path" else []
+    (line,) = problems(f"--{name}={path}", *mode)
+    assert line == f"- {T.describe(name, path)}: {words}"
+
+
 PATH, TEXT = "--prompt_embedding_path=soft.pt", "--preference_text="
 MODES = [  # flags → the problem's variable and words of it, or None
     ("embedding", [PATH], None),
@@ -301,7 +316,7 @@ MODES = [  # flags → the problem's variable and words of it, or None
     (
         "embedding",
         [],
-        ("TRAINING_MODE", "PROMPT_EMBEDDING_PATH (--prompt_embedding_path) is empty; name a soft prompt"),
+        ("PROMPT_EMBEDDING_PATH", "'', but TRAINING_MODE is 'embedding'; name a soft prompt"),
     ),
     ("text", [TEXT], None),
     (
@@ -389,7 +404,7 @@ def test_all_problems_are_reported_together():
         "LORA_R (",
         "SEED (",
         "MAX_LENGTH (",
-        "RESUME and OVERW",
+        "RESUME (",
         "PROMPT_EMBEDDING_PATH (",
         "NUM_VIRTUAL_TOKENS (",
         "PROMPT_INIT (",
@@ -412,11 +427,12 @@ def test_a_value_of_a_wrong_type_invents_no_second_problem():
 # --- the real command line
 
 
-def test_the_command_line_exits_with_2_and_only_the_first_rank_says_why():
+def test_the_command_line_exits_with_2_and_only_the_first_rank_says_why(tmp_path):
     command = [sys.executable, str(PROJECT / "train_with_preference_prompt.py"), "--bad", "--beta", "zero"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = [
-        subprocess.Popen(command, env={**os.environ, "RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in ("0", "1")
+        subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "RANK": rank, "LOCAL_RANK": rank}, **pipes)
+        for rank in ("0", "1")
     ]
     (out, first), (other_out, other) = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2] and out == other_out == ""

@@ -107,13 +107,20 @@ def test_cores_are_shared_evenly(tiny_run, tmp_path):
         ({"GPU_NODES": "localhost:0,7"}, ["GPU_NODES (--gpu_nodes) is 'localhost:0,7'", "auto"]),
         (
             {"BETA": "-1", "TRAIN_DATASET_PATH": "/nowhere.jsonl", "POLICY_MODEL_PATH": "./nowhere"},
-            ["BETA (--beta) is -1.0: must be a finite number above 0"],
+            [
+                "BETA (--beta) is -1.0: must be a finite number above 0",
+                "data file /nowhere.jsonl does not exist",
+                "POLICY_MODEL_PATH (--policy_model_path) is './nowhere'",
+            ],
         ),
         (
             {"TRAIN_DATASET_PATH": "/nowhere.jsonl", "POLICY_MODEL_PATH": "./nowhere"},
             ["data file /nowhere.jsonl does not exist", "POLICY_MODEL_PATH (--policy_model_path) is './nowhere'"],
         ),
-        ({"TRAINING_MODE": "embedding"}, ["TRAINING_MODE (--training_mode) is 'embedding', but PROMPT_EMBEDDING_PATH"]),
+        (
+            {"TRAINING_MODE": "embedding"},
+            ["PROMPT_EMBEDDING_PATH (--prompt_embedding_path) is '', but TRAINING_MODE is 'embedding'"],
+        ),
         (
             {"TRAINING_MODE": "embedding", "PROMPT_EMBEDDING_PATH": "no such.pt", "OUTPUT_DIR": "/dev/null"},
             ["PROMPT_EMBEDDING_PATH (--prompt_embedding_path) is 'no such.pt': there is no such file", "OUTPUT_DIR ("],

@@ -170,7 +170,8 @@ def test_the_configuration_of_a_local_model(tiny_run, tmp_path, monkeypatch):
     assert T.local_config(tiny_run["POLICY_MODEL_PATH"]).hidden_size == 32
     assert T.local_config("Qwen/Qwen2.5-1.5B") is None
     make_model("llama", 300).config.save_pretrained(tmp_path / "no tokenizer")
-    assert T.local_config(str(tmp_path / "no tokenizer")) is None
+    with pytest.raises(T.InputError, match="it cannot be loaded .tokenizer.json."):
+        T.local_config(str(tmp_path / "no tokenizer"))
     monkeypatch.setattr(T, "BUNDLED_MODEL_DIR", tmp_path / "not converted")
     assert T.local_config("") is None
     monkeypatch.setattr(T, "BUNDLED_MODEL_DIR", Path(tiny_run["POLICY_MODEL_PATH"]))

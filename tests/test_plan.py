@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROWS, write_rows
+from conftest import ROWS, make_model, write_rows
 
 import train_with_preference_prompt as T
 
@@ -471,9 +471,10 @@ def test_folders_below_home(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def ready(tmp_path):
-    """Flags of a run that could start: data, and a folder that passes for a model until it is loaded."""
-    fill(tmp_path / "model", {"config.json": "{}"})
+def ready(tmp_path, tokenizer):
+    """Flags of a run that could start: data, and a model without weights, which are not looked at before training."""
+    make_model("llama", len(tokenizer)).config.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
     train = write_rows(tmp_path / "train.jsonl", [*ROWS, {**ROWS[0], "chosen": "It depends."}])
     test = write_rows(tmp_path / "test.jsonl", ROWS[:2])
     return {

@@ -186,7 +186,7 @@ def problem_of(path) -> str:
     with pytest.raises(T.InputError) as caught:
         T.read_soft_prompt(str(path), H)
     text = str(caught.value)
-    start = f"- PROMPT_EMBEDDING_PATH (--prompt_embedding_path) is {str(path)!r}: "
+    start = f"- {T.describe('prompt_embedding_path', str(path))}: "
     assert text.startswith(start) and len(text.splitlines()) == 1 and "weights_only" not in text
     return text.removeprefix(start)
 
