@@ -2809,7 +2809,8 @@ def check_inputs(
         problems += check(concerns, function, argument) or []
     config = check({"policy_model_path"}, local_config, args.policy_model_path)
     if config is not None and not args.trains_prefix:
-        check({name for name in wrong if name.startswith("lora")}, lambda: add_adapter(lay_out(config), args))
+        lora = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
+        check(lora, lambda: add_adapter(lay_out(config), args))
     devices = check(
         {"gpu_nodes", "cpu_ranks"}, lambda: resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus())
     )

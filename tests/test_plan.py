@@ -705,6 +705,17 @@ OUTPUT_LINES = [
     ("finished", OVERWRITE, " (the finished run in it is replaced)"),
     ("interrupted", OVERWRITE, " (the unfinished run in it is replaced)"),
     ("nine is less than ten", RESUME, ", resumed from checkpoint-10"),
+    (
+        "interrupted in a later checkpoint",
+        RESUME,
+        ", resumed from checkpoint-5; checkpoint-10 is incomplete and skipped",
+    ),
+    (
+        "interrupted in its first checkpoint",
+        RESUME,
+        ", begun again: no checkpoint in it is complete; checkpoint-5 is incomplete and skipped",
+    ),
+    ("started, nothing saved", RESUME, ", begun again: no checkpoint in it is complete"),
 ]
 
 
