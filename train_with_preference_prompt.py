@@ -688,7 +688,7 @@ def soft_prompt_file(path: Path) -> Path:
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"that folder has no {ADAPTER_CONFIG} of a PEFT prompt-tuning adapter{hint}") from None
     if kind not in ("PROMPT_TUNING", "P_TUNING"):
-        raise ValueError(f"that folder holds a {kind} adapter, not one of prompt tuning{hint}")
+        raise ValueError(f"that folder holds a {shortened(repr(kind))} adapter, not one of prompt tuning{hint}")
     files = [path / name for name in ADAPTER_FILES if (path / name).is_file()]
     if not files:
         raise ValueError(f"that folder has neither {' nor '.join(ADAPTER_FILES)}{hint}")
@@ -714,10 +714,14 @@ def open_tensors(file: Path) -> dict[str, Any]:
             f"{file.name} is not a file of tensors{code}; write one with torch.save or safetensors"
         ) from None
     if isinstance(found, torch.Tensor):
-        return {"prompt_embeddings": found}
-    if not isinstance(found, Mapping):
+        found = {"prompt_embeddings": found}
+    if not isinstance(found, dict):
         raise ValueError(f"holds {type(found).__name__}, expected a tensor or a dict of tensors")
-    return {str(key): value for key, value in found.items()}
+
+    def bare(value):  # a file may set attributes that hide methods
+        return torch.Tensor.detach(value) if isinstance(value, torch.Tensor) else value
+
+    return {str(key): bare(value) for key, value in dict.items(found)}
 
 
 def pick_soft_prompt(found: Mapping[str, Any], hidden_size: int | None) -> Any:
@@ -828,7 +832,7 @@ class PairTokenizer:
             self.end_id = self._find_end_id()
         else:
             self.head_ids = self.bos_ids
-            self.pref_head_ids = self.bos_ids + self._ids(prefix.before_prompt(""))
+            self.pref_head_ids = self.bos_ids + self._ids(self._without_bos(prefix.before_prompt("")))
             self.end_id = tokenizer.eos_token_id
 
     @property
@@ -859,7 +863,7 @@ class PairTokenizer:
 
     def encode_prompt(self, prompt: str) -> tuple[list[int], list[int], bool]:
         """Ids of the plain and of the prefixed prompt, and whether content was cut."""
-        (head, content, tail), pref_head = self._encode_parts(prompt)
+        (head, content, tail, spanning), pref_head = self._encode_parts(prompt)
         cut = len(head) + len(content) + len(tail) > self.max_prompt_length
         if cut:
             head, pref_head = self.head_ids, self.pref_head_ids
@@ -869,24 +873,29 @@ class PairTokenizer:
                     f"MAX_PROMPT_LENGTH (--max_prompt_length) is {self.max_prompt_length}, but the chat template alone "
                     f"takes {len(head) + len(tail)} tokens of every prompt; raise it (MAX_LENGTH too, if need be)"
                 )
-            content = content[-room:]
+            content = content[spanning:][-room:] or self._ids(prompt)[-room:]  # the whole template stays in front
         return head + content + tail, self.prefix.virtual_ids + pref_head + content + tail, cut
+
+    def _without_bos(self, text: str) -> str:
+        """Text without the beginning-of-sequence tokens that it brings itself, where one is put in front."""
+        while self.bos_ids and text.startswith(self.tokenizer.bos_token):
+            text = text.removeprefix(self.tokenizer.bos_token)
+        return text
 
     def _ids(self, text: str, **options) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, **options).input_ids
 
-    def _encode_parts(self, prompt: str) -> tuple[tuple[list[int], list[int], list[int]], list[int]]:
-        """The plain prompt's ids before its content, of the content and after it; the prefixed ids before it."""
+    def _encode_parts(self, prompt: str) -> tuple[tuple[list[int], list[int], list[int], int], list[int]]:
+        """The plain prompt's ids as `_encode_rendered` gives them, and the prefixed ids before the content."""
         if not self.has_template:
-            content = self._ids(prompt.removeprefix(self.tokenizer.bos_token if self.bos_ids else ""))
-            return (self.head_ids, content, []), self.pref_head_ids
+            return (self.head_ids, self._ids(self._without_bos(prompt)), [], 0), self.pref_head_ids
         parts = self._encode_rendered(plain, self.plain_frame, prompt)
-        pref_head, pref_content, _ = self._encode_rendered(self.guide, self.pref_frame, prompt)
+        pref_head, pref_content, *_ = self._encode_rendered(self.guide, self.pref_frame, prompt)
         # Where the prefix changes how the content's first token is cut, the content keeps its plain ids.
         return parts, pref_head if pref_content == parts[1] else self.pref_head_ids
 
     def _encode_rendered(self, guide: Callable[[Messages], Messages], frame: tuple[str, str], prompt: str):
-        """Ids before, of and after the content; a token that spans template and content counts as content."""
+        """Ids before, of and after the content, and how many (0 or 1) of the content's span it and what is before."""
         before, after = frame
         text = self._render(guide, prompt)
         if not (text.startswith(before) and text.endswith(after)):
@@ -896,7 +905,8 @@ class PairTokenizer:
         start, end = len(before), len(text) - len(after)
         first = next((i for i, (_, right) in enumerate(spans) if right > start), len(ids))
         last = next((i for i, (left, _) in enumerate(spans) if left >= end), len(ids))
-        return ids[:first], ids[first:last], ids[last:]
+        spanning = int(first < last and spans[first][0] < start)
+        return ids[:first], ids[first:last], ids[last:], spanning
 
     def _frame(self, guide: Callable[[Messages], Messages]) -> tuple[str, str]:
         """What the template puts before and after the user's message."""
@@ -919,8 +929,9 @@ class PairTokenizer:
 
     def _choose_guide(self) -> Callable[[Messages], Messages]:
         """The system message where the template has one; some templates refuse that role, others drop it silently."""
+        probe = Prefix(PLACEHOLDER[::-1])  # a text that no template has of its own
         with contextlib.suppress(InputError):
-            if self.prefix.text.strip() in self._render(self.prefix.as_system_message, PLACEHOLDER):
+            if probe.text in self._render(probe.as_system_message, PLACEHOLDER):
                 return self.prefix.as_system_message
         return self.prefix.before_first_message
 

@@ -512,7 +512,7 @@ SOFT_PROMPTS = {
     ),
     "LoRA for a soft prompt": soft(
         {"adapter_config.json": '{"peft_type": "LORA"}', "adapter_model.safetensors": "lora"},
-        "that folder holds a LORA adapter, not one of prompt tuning; name a tensor file or another folder",
+        "that folder holds a 'LORA' adapter, not one of prompt tuning; name a tensor file or another folder",
     ),
     "folder of anything for a soft prompt": soft(
         {"notes.txt": "mine"},

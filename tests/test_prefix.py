@@ -336,7 +336,7 @@ def test_a_folder_without_a_soft_prompt_is_named(tmp_path, name):
 @pytest.mark.parametrize("kind", ["LORA", "PREFIX_TUNING"])
 def test_an_adapter_of_another_kind_is_named(tmp_path, kind):
     peft_model(kind).save_pretrained(tmp_path)
-    problem = f"that folder holds a {kind} adapter, not one of prompt tuning; name "
+    problem = f"that folder holds a {kind!r} adapter, not one of prompt tuning; name "
     assert problem_of(tmp_path) == problem + "a tensor file or another folder"
     torch.save(VALUES, tmp_path / "prompt_embeddings.pt")
     assert problem_of(tmp_path) == problem + "its prompt_embeddings.pt"
