@@ -86,10 +86,10 @@ trap 'stop HUP 129' HUP
 trap 'stop INT 130' INT
 trap 'stop TERM 143' TERM
 
-# Asks what runs to end; a second signal ends it. SIGTERM also for Ctrl-C, which spares a traceback from every rank.
+# Ends what runs, by SIGTERM also for Ctrl-C: it spares a traceback from every rank.
 stop() {
-  [[ -z "$GROUP" ]] || kill "-$([[ -z "$SIGNAL" ]] && echo TERM || echo KILL)" -- "-$GROUP" 2>/dev/null || true
   SIGNAL="$1" STATUS="$2"
+  [[ -z "$GROUP" ]] || kill -TERM -- "-$GROUP" 2>/dev/null || true
 }
 
 exit_if_stopped() {
@@ -122,7 +122,7 @@ run() {
 # What to do next, where this start has begun a run in the output folder.
 how_to_go_on() {
   [[ -z "$START" || -z "$(find "$OUTPUT/run_settings.json" -newermt "@$START" 2>/dev/null)" ]] ||
-    printf '; RESUME=true continues from the newest complete checkpoint'
+    printf '; RESUME=true continues it'
 }
 
 # Succeeds when the Python $1 has every package of the requirements files that follow, in the versions asked for.
@@ -224,7 +224,7 @@ say "command:"
 say "  $(printf '%q ' env "${ENVIRONMENT[@]}" "${COMMAND[@]}")"
 if "$DRY_RUN"; then say "DRY_RUN: stopped before training"; exit 0; fi
 
-START=$EPOCHSECONDS CODE=0
+START="$(date +%s)" CODE=0
 run env "${ENVIRONMENT[@]}" "${COMMAND[@]}" || CODE=$?
 [[ "$CODE" == 0 ]] || { say "training stopped with exit status $CODE$(how_to_go_on)"; exit "$CODE"; }
 # DeepSpeed's launcher returns 0 even when it was killed: only a new model card, written last, proves the end.

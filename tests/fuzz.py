@@ -83,15 +83,8 @@ def seeds(target: str) -> list[bytes]:
         return [b"\0" + line.encode() for line in lines]
     soft, noted = torch.ones(K, H), torch.ones(K, H)
     noted.note = 5
-    objects = [
-        soft,
-        noted,
-        {"embeddings": noted},
-        torch.nn.Embedding(K, H).state_dict(),
-        torch.nn.Parameter(soft),
-        {"a": soft.half(), 1: None},
-    ]
-    objects += [soft.to_sparse(), soft.to("meta"), torch.nested.nested_tensor([soft[0]]), soft[:1].expand(K, H)]
+    objects = [soft, noted, {"embeddings": noted}, torch.nn.Parameter(soft), {"a": soft.half(), 1: None}]
+    objects += [torch.nn.Embedding(K, H).state_dict(), soft.to("meta"), soft.to_sparse(), soft[:1].expand(K, H)]
     objects += [{"x": [1.5, (True, b"b")], "prompt_encoder.default.embedding.weight": soft}, {"s": {1}, "z": 1j}]
     safe = safetensors.torch.save({"prompt_embeddings": soft, "b": soft.bfloat16()}, {"format": "pt"})
     found = [b"\0" + safe, b"\2" + safe[8 : 8 + int.from_bytes(safe[:8], "little")], b'\3{"peft_type": "P_TUNING"}']
@@ -196,10 +189,10 @@ def mutated(args, seconds, seed, start, one) -> None:
         for _ in range(draw.randint(0, 4)):
             at, size = draw.randrange(len(data) + 1), draw.randint(0, 8)
             data[at : at + size] = draw.choice([draw.randbytes(size), draw.choice(known), b""])
-        (args.out / "crash-current").write_bytes(data)  # left behind by a crash
+        (args.out / f"crash-{seed}").write_bytes(data)  # left behind by a crash
         one(bytes(data))
         runs += 1
-    (args.out / "crash-current").unlink()
+    (args.out / f"crash-{seed}").unlink()
     print(f"#{runs} DONE cov: unknown", flush=True)
 
 
@@ -226,7 +219,8 @@ def main() -> None:
                 os._exit(0)
             if status := os.waitpid(child, 0)[1]:
                 crashes += 1
-                os.write(log.fileno(), f"\nFINDING crash-* the reader's process ended with {status}\n".encode())
+                code = os.waitstatus_to_exitcode(status)
+                os.write(log.fileno(), f"\nFINDING {args.out}/crash-* or timeout-*: exit status {code}\n".encode())
         text = (args.out / "log").read_text(errors="replace")
     print("\n".join(re.findall(r"^FINDING.*", text, re.M)) or "no findings")
     runs = [0, *map(int, re.findall(r"^#(\d+)\s", text, re.M))]

@@ -169,7 +169,7 @@ def test_a_number_that_is_not_finite_stops_the_run(case, tiny_run, tmp_path):
     for phrase in (f"update {update}: ", *words, tiny_run[f"{split.upper()}_DATASET_PATH"], "lower LEARNING_RATE"):
         assert phrase in message, (phrase, message)
     if update == 2:
-        assert f"{output_of(tmp_path)}/checkpoint-1 is complete, from which RESUME=true continues" in message
+        assert f"the last good checkpoint is {output_of(tmp_path)}/checkpoint-1\n" in message
     assert [path.name for path in T.checkpoints(output_of(tmp_path))] == ["checkpoint-1"] * (update - 1)
 
 
@@ -209,7 +209,7 @@ def test_a_reference_that_is_not_finite_names_the_row(tiny_run, tokenizer, tmp_p
     variables = {**tiny_run, "POLICY_MODEL_PATH": str(tmp_path / "model"), "PAIRS_PER_FORWARD": "1"}
     result = train(variables, tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    words = "the reference's log-probabilities of 2 pairs are not finite: rows 4, 10 of"
+    words = "the reference's log-probabilities are not finite for rows 4, 10 of"
     assert f"{words} {tiny_run['TRAIN_DATASET_PATH']}" in result.stderr
 
 

@@ -595,6 +595,10 @@ MODELS = {
         "t5 is not a causal language model; name one that AutoModelForCausalLM can load",
     ),
     "word for the hidden size": model(model_with({"config.json": {"hidden_size": "big"}}), "…hidden_size…; …"),
+    "model and adapter in one folder": model(
+        model_with({"adapter_config.json": "{}"}),
+        "that folder holds a model and an adapter, which would be applied twice; name its folder merged, …",
+    ),
     "no attention heads": model(model_with({"config.json": {"num_attention_heads": 0}}), "it cannot be …; …"),
     "vocabulary below 0": model(model_with({"config.json": {"vocab_size": -1}}), "it cannot be …; …"),
     "model with code of its own": model(
@@ -716,6 +720,15 @@ DEVICES = {
     "optimizer of DeepSpeed": deepspeed(
         '{"zero_optimization": {"stage": 2}, "optimizer": {"type": "Nonsense"}}', "…optimizer…; …"
     ),
+    "DeepSpeed lets broken numbers pass": deepspeed(
+        '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto", "check_grad_overflow": false}}',
+        "bf16 is {'enabled': 'auto', 'check_grad_overflow': False}; set it to {\"enabled\": \"auto\"} or leave "
+        "it out, and set PRECISION",
+    ),
+    "auto for an optimizer of DeepSpeed": deepspeed(
+        '{"zero_optimization": {"stage": 2}, "optimizer": "auto"}',
+        "optimizer is 'auto'; leave it out, and set LEARNING_RATE",
+    ),
     "word for a DeepSpeed switch": deepspeed(
         '{"zero_optimization": {"stage": 2, "overlap_comm": "maybe"}}', "…overlap_comm…; …"
     ),
@@ -772,14 +785,20 @@ OUTPUTS = {
     "over-long name of the output": case(
         "OUTPUT_DIR (--output_dir) is 'xxxx…: file name too long; name another path", OUTPUT_DIR="x" * 300
     ),
-    "output that is a link to itself": output(link_to("out"), "…; …"),
+    "output that is a link to itself": case(
+        "OUTPUT_DIR (--output_dir) is 'out': too many levels of symbolic links; name another path",
+        files={"out": link_to("out")},
+        OUTPUT_DIR="out",
+    ),
     "line break in the name of the output": case(
         r"OUTPUT_DIR (--output_dir) is 'a\nb': holds control characters; name a path without them", OUTPUT_DIR="a\nb"
     ),
     "blanks for the logs": case("LOG_DIR (--log_dir) is '  ': must name a folder", LOG_DIR="  "),
-    "model in a run that makes way": output(
-        {**FINISHED, "merged": model_with()},
-        "the run in it must make way, but out/merged lies in it; name another folder",
+    "model in a run that makes way": case(
+        "OUTPUT_DIR (--output_dir) is '{here}/out': the run in it must make way, but out/merged lies in it; name …",
+        "POLICY_MODEL_PATH (--policy_model_path) is 'out/merged': it cannot be loaded (config.json): …; name another …",
+        files={"out": {**FINISHED, "merged": {"config.json": "{}"}}},
+        OUTPUT_DIR="out",
         POLICY_MODEL_PATH="out/merged",
     ),
     "data in a run that makes way": output(

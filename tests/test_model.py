@@ -166,6 +166,14 @@ def test_the_size_of_an_embedding(config, size):
     assert T.embedding_size(config) == size
 
 
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/some-kernel"])
+def test_a_configuration_chooses_no_attention(name, tiny_run):
+    """Neither one that is not installed nor one whose code would be fetched."""
+    config = T.local_config(tiny_run["POLICY_MODEL_PATH"])
+    config._attn_implementation_internal = name
+    assert T.lay_out(config).config._attn_implementation == "sdpa"
+
+
 def test_the_configuration_of_a_local_model(tiny_run, tmp_path, monkeypatch):
     assert T.local_config(tiny_run["POLICY_MODEL_PATH"]).hidden_size == 32
     assert T.local_config("Qwen/Qwen2.5-1.5B") is None
@@ -252,7 +260,7 @@ def test_two_runs_convert_the_bundled_model_once(monkeypatch, tmp_path, capsys):
 def test_a_conversion_without_room_names_the_folder(monkeypatch, tmp_path):
     (tmp_path / "models").write_text("a file in the way")
     monkeypatch.setattr(T, "BUNDLED_MODEL_DIR", tmp_path / "models" / "Small")
-    with pytest.raises(T.WriteError, match=r"models/Small cannot be written: .*MiB are free there. Make room"):
+    with pytest.raises(T.RankError, match=r"models/Small cannot be written: .*MiB are free there. Make room"):
         T.resolve_model_path("")
 
 

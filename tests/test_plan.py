@@ -387,10 +387,14 @@ def test_a_resumed_run_needs_the_same_settings_and_data(tmp_path):
     (tmp_path / "out/run").mkdir(parents=True)
     (tmp_path / "out/run/run_settings.json").write_text(json.dumps(T.recorded_settings(args, one_rank)))
     assert T.resume_problems(args, one_rank) == []
-    args.eval_steps, args.resume = 77, True  # these may differ
+    args.eval_steps, args.resume, args.gpu_nodes = 77, True, "localhost:0"  # these may differ
+    (tmp_path / "renamed.jsonl").write_bytes(train.read_bytes())
+    args.train_dataset_path = str(tmp_path / "renamed.jsonl")  # the content counts, not the name
+    on_gpu = T.Devices("localhost:0", 1, on_gpu=True)
+    assert "the interrupted run had DEVICE 'cpu', not 'gpu'; set it back" in T.resume_problems(args, on_gpu)[0]
     assert T.resume_problems(args, one_rank) == []
     args.beta = 0.3
-    write_rows(train, ROWS[:-1])
+    write_rows(tmp_path / "renamed.jsonl", ROWS[:-1])
     found = T.resume_problems(args, two_ranks)
     assert len(found) == 3 and "had BETA 0.05, not 0.3" in found[0]
     assert "had RANKS 1, not 2" in found[1] and "the train data has changed" in found[2]
@@ -628,12 +632,12 @@ def test_the_plan_of_the_defaults():
 
 
 PREFIXES = {  # mode → what guides, what is trained, the loss
-    "text": ("Be kind.", "LoRA, r 8, learning rate 0.25", "β 0.05, α 0.3"),
-    "embedding": ("7 soft embeddings from {}", "LoRA, r 8, learning rate 0.25", "β 0.05, α 0.3"),
+    "text": ("Be kind.", "LoRA, r 8, learning rate 0.25", "sigmoid, β 0.05, α 0.3"),
+    "embedding": ("7 soft embeddings from {}", "LoRA, r 8, learning rate 0.25", "sigmoid, β 0.05, α 0.3"),
     "ptuning": (
         "5 soft embeddings, to be trained; start: the tokens of 'Be kind.', cut or repeated",
         "the soft prompt, the model is frozen, learning rate 0.75",
-        "β 0.05",
+        "sigmoid, β 0.05",
     ),
 }
 SET = {  # a value other than the default for every setting that some mode does not use

@@ -687,10 +687,9 @@ def test_numbers_that_are_not_finite_are_refused(folder, numbers, kind, file):
     hidden_size=st.none() | st.integers(1, 3),
 )
 def test_only_a_table_as_wide_as_the_model_is_a_soft_prompt(folder, shape, kind, key, hidden_size):
-    """Floating-point, one or two dimensions, none of them 0, the last one the model's hidden size where that is known."""
-    (folder / "soft.pt").write_bytes(
-        zip_file(torch.zeros(shape).to(kind) if key is None else {key: torch.zeros(shape).to(kind)})
-    )
+    """Floating-point, one or two dimensions, none of them 0, the last one the model's hidden size if that is known."""
+    value = torch.zeros(shape).to(kind)
+    (folder / "soft.pt").write_bytes(zip_file(value if key is None else {key: value}))
     if kind in FLOATS and len(shape) in (1, 2) and 0 not in shape and hidden_size in (None, shape[-1]):
         found = T.read_soft_prompt(str(folder / "soft.pt"), hidden_size)
         assert torch.equal(found, torch.zeros([1, 1, *shape][-2:]))

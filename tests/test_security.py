@@ -130,7 +130,9 @@ def test_code_in_a_checkpoint_is_not_run(file, tiny_run, tmp_path):
     T.mark_complete(checkpoint)  # as whoever can write there could
     result = train({**tiny_run, "RESUME": "true"}, tmp_path)
     assert result.returncode == 1 and not marker.exists(), result.stderr[-2000:]
-    assert f"{checkpoint} cannot be read: it asks to run code, which is refused. Remove it" in result.stderr
+    assert (
+        f"{checkpoint} cannot be read: it is damaged or asks to run code, which is refused. Remove it" in result.stderr
+    )
     assert "Traceback" not in result.stderr
     torch.load(checkpoint / file, weights_only=False)
     assert marker.exists()  # it would have
