@@ -100,6 +100,7 @@ def serve() -> None:
 def become(request: Mapping[str, Any]) -> None:
     """Turns this process into the program."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     for number, path in enumerate(request["outputs"]):
         file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)

@@ -4,9 +4,10 @@ rows: data files (`read_pairs`). embeddings: soft prompts as zip or legacy .pt, 
 (`read_soft_prompt`). Guided by coverage where atheris is installed (`pip install --no-deps atheris==3.0.0`: wheels for
 Linux and CPython 3.11 to 3.13), else by random mutation of the same seeds. Pytest does not collect this file.
 
-A finding is anything but a result or an InputError: another exception, a message that is not one printable line for
-each problem, more than 5 s or 1 GB of memory for a small file, a file written, a process started, a socket opened; or
-a crash, after which the fuzzing goes on. Each kind is listed once with its input, which --replay FILE reads again.
+A finding is anything but a result or an InputError: another exception, a message that is not one brief and printable
+line for each problem, more than 5 s or 1 GB of memory for a small file, a file written, a process started, a socket
+opened, or a crash, after which the fuzzing goes on. Each kind is listed once with its input, which --replay FILE reads
+again.
 """
 
 import argparse
@@ -47,17 +48,41 @@ def audit(event: str, arguments: tuple) -> None:
         done.append(f"did {event}: {str(arguments)[:80]}")
 
 
-def zipped(pickled: bytes) -> bytes:
+def zipped(content: bytes) -> bytes:
     """A zip .pt file with this as its data.pkl and with one storage of K × H fp32 numbers."""
     with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
-        for name, content in (("data.pkl", pickled), ("data/0", bytes(4 * K * H)), ("version", b"3\n")):
-            archive.writestr(f"archive/{name}", content)
+        for name, data in (("data.pkl", content), ("data/0", bytes(4 * K * H)), ("version", b"3\n")):
+            archive.writestr(f"archive/{name}", data)
     return buffer.getvalue()
+
+
+def pickled(value) -> bytes:
+    """What torch.save writes into the data.pkl of a zip file."""
+    torch.save(value, buffer := io.BytesIO())
+    return zipfile.ZipFile(buffer).read("archive/data.pkl")
+
+
+def words(target: str) -> list[bytes]:
+    """What mutations should know: field names, or the opcodes, calls and objects that torch.load allows."""
+    if target == "rows":
+        return [b'"prompt"', b'"chosen"', b'"rejected"', b"\\ud83d", b"\xef\xbb\xbf", b"\r\n", b"\0", b"NaN", b"1e999"]
+    allowed = (name.encode().rsplit(b".", 1) for name in torch._weights_only_unpickler._get_allowed_globals())
+    names = [b"items", b"keys", b"dim", b"to", b"detach", b"numel", b"weight", b"storage"]
+    texts = [b"X" + len(text).to_bytes(4, "little") + text for text in names]
+    texts += [b"}" + text + b"K\5sb" for text in texts]  # an object's attribute of that name
+    opcodes = [b"R", b"b", b"Q", b"(", b"t", b"u", b"s", b"}", b")", b"]", b"a", b"N", b"K\5", b"J\xff\xff\xff\x1f"]
+    opcodes += [b"\x81", b"\x85", b"\x86", b"\x87", b"q\0", b"h\0", b"\x8a\1\x7f"]
+    calls = [b"c%s\n%s\n" % (module, name) for module, name in allowed]
+    return [*opcodes, *texts, *calls, pickled(torch.ones(K, H))[2:-1]]
+
+
+PIECES = words("embeddings")
 
 
 def write_input(target: str, data: bytes, folder: Path) -> Path:
     """Makes what a reader is to read. The first byte says what file the others belong in, so that mutations of a zip
-    file's pickle, a safetensors header or a PEFT configuration leave the file around them whole."""
+    file's pickle, a safetensors header or a PEFT configuration leave the file around them whole; in the last kind each
+    byte stands for a piece of a pickle."""
     kind, body = data[0] if target == "embeddings" and data else 0, data[1:]
     files = (
         {"soft": body},
@@ -65,7 +90,8 @@ def write_input(target: str, data: bytes, folder: Path) -> Path:
         {"soft": len(body).to_bytes(8, "little") + body + bytes(4 * K * H)},
         {"adapter_config.json": body, "adapter_model.bin": b""},
         {"adapter_config.json": b'{"peft_type": "PROMPT_TUNING"}', "adapter_model.bin": body},
-    )[kind % 5]
+        {"soft": zipped(b"\x80\2" + b"".join(PIECES[byte % len(PIECES)] for byte in body) + b".")},
+    )[kind % 6]
     for file in folder.iterdir():
         file.unlink()
     for name, content in files.items():
@@ -91,20 +117,10 @@ def seeds(target: str) -> list[bytes]:
     for value in objects:
         torch.save(value, new := io.BytesIO())
         torch.save(value, legacy := io.BytesIO(), _use_new_zipfile_serialization=False)
-        pickled = zipfile.ZipFile(new).read("archive/data.pkl")
-        found += [b"\0" + new.getvalue(), b"\1" + pickled, b"\0" + legacy.getvalue(), b"\4" + legacy.getvalue()]
-    return found
-
-
-def words(target: str) -> list[bytes]:
-    """What mutations should know: field names, and the opcodes and calls that torch.load allows."""
-    if target == "rows":
-        return [b'"prompt"', b'"chosen"', b'"rejected"', b"\\ud83d", b"\xef\xbb\xbf", b"\r\n", b"\0", b"NaN", b"1e999"]
-    allowed = (name.encode().rsplit(b".", 1) for name in torch._weights_only_unpickler._get_allowed_globals())
-    texts = [b"X" + len(text).to_bytes(4, "little") + text for text in (b"items", b"dim", b"weight", b"storage")]
-    texts += [b"}" + text + b"K\5sb" for text in texts]  # an object's attribute of that name
-    opcodes = [b"R", b"b", b"Q", b"(", b"t", b"u", b"}", b")", b"\x81", b"\x85", b"\x86", b"\x8a\1\x7f"]
-    return [*(b"c%s\n%s\n" % (module, name) for module, name in allowed), *texts, *opcodes]
+        found += [b"\0" + new.getvalue(), b"\1" + pickled(value), b"\0" + legacy.getvalue(), b"\4" + legacy.getvalue()]
+    ordered, weight = PIECES.index(b"ccollections\nOrderedDict\n"), PIECES.index(b"X\6\0\0\0weight")
+    new, call, item = (PIECES.index(piece) for piece in (b")", b"R", b"s"))
+    return [*found, bytes([5, ordered, new, call, weight, len(PIECES) - 1, item]), bytes([5, len(PIECES) - 1])]
 
 
 def read(target: str, path: Path, hidden_size: int | None) -> str | None:
@@ -119,7 +135,7 @@ def read(target: str, path: Path, hidden_size: int | None) -> str | None:
         return None if fits else "wrong result"
     except T.InputError as error:
         lines = str(error).split("\n")
-        clean = len(lines) == len(error.problems) and all(map(str.isprintable, lines))
+        clean = len(lines) == len(error.problems) and all(map(str.isprintable, lines)) and len(max(lines)) < 4000
         return None if clean else f"message: {str(error)[:200]!r}"
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)

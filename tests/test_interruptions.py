@@ -109,6 +109,12 @@ def test_a_resumed_run_does_not_accept_other_settings(whole, tmp_path):
 # --- signals to the launcher
 
 
+def heed_signals() -> None:
+    """What runs in the background or under nohup ignores some, and so would its children."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Launcher:
     """./fast_train.sh in the background, with what it prints and every process it has started."""
 
@@ -122,8 +128,17 @@ class Launcher:
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+                preexec_fn=heed_signals,
             )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        """Leaves nothing behind where the test has failed."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(timeout=30)
 
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
@@ -160,12 +175,12 @@ MOMENTS = {
 def test_a_signal_ends_every_rank_at_once(moment, tiny_run, tmp_path):
     shows, sent, status, resumable = MOMENTS[moment]
     variables = {**tiny_run, "NUM_EPOCHS": "100000", "EVAL_STEPS": "1", "CPU_RANKS": str(RANKS)}
-    launcher = Launcher(variables, tmp_path)
-    launcher.wait_for(lambda: shows(launcher.said(), output_of(tmp_path)))
-    if moment in ("training", "evaluating", "saving"):
-        assert len(launcher.processes("train_with_preference_prompt.py")) >= RANKS
-    launcher.process.send_signal(sent)
-    assert launcher.ends() == status
+    with Launcher(variables, tmp_path) as launcher:
+        launcher.wait_for(lambda: shows(launcher.said(), output_of(tmp_path)))
+        if moment in ("training", "evaluating", "saving"):
+            assert len(launcher.processes("train_with_preference_prompt.py")) >= RANKS
+        launcher.process.send_signal(sent)
+        assert launcher.ends() == status
     said, name = launcher.said(), sent.name
     assert f"stopped by {name}" in said and ("RESUME=true continues" in said) == resumable, said[-2000:]
     assert (output_of(tmp_path) / T.RUN_SETTINGS).exists() == resumable
@@ -181,11 +196,11 @@ def test_a_signal_while_the_model_is_converted_leaves_no_half_model(tiny_run, bu
     for name in ("requirements.txt", "requirements-bundled.txt"):
         shutil.copy(PROJECT / name, tmp_path / name)
     variables = {**tiny_run, "POLICY_MODEL_PATH": ""}
-    launcher = Launcher(variables, tmp_path, tmp_path / "fast_train.sh")
-    launcher.wait_for(lambda: "converting the bundled model" in launcher.said())
-    time.sleep(random.Random(0).uniform(0, 8))
-    launcher.process.send_signal(signal.SIGTERM)
-    assert launcher.ends() == 143
+    with Launcher(variables, tmp_path, tmp_path / "fast_train.sh") as launcher:
+        launcher.wait_for(lambda: "converting the bundled model" in launcher.said())
+        time.sleep(random.Random(0).uniform(0, 8))
+        launcher.process.send_signal(signal.SIGTERM)
+        assert launcher.ends() == 143
     assert not (tmp_path / "models" / "SmolLM2-135M-Instruct").exists()
 
 
@@ -194,10 +209,10 @@ def test_a_signal_while_the_model_is_converted_leaves_no_half_model(tiny_run, bu
 def test_a_killed_process_ends_the_others(killed, tiny_run, tmp_path):
     """A rank, or DeepSpeed's own launcher, whose death it would pass on as success."""
     variables = {**tiny_run, "NUM_EPOCHS": "100000", "EVAL_STEPS": "1", "CPU_RANKS": "2"}
-    launcher = Launcher(variables, tmp_path)
-    launcher.wait_for(lambda: "update 2: held-out loss" in launcher.said())
-    launcher.processes(killed)[-1].kill()
-    assert launcher.ends() not in (0, 2)
+    with Launcher(variables, tmp_path) as launcher:
+        launcher.wait_for(lambda: "update 2: held-out loss" in launcher.said())
+        launcher.processes(killed)[-1].kill()
+        assert launcher.ends() not in (0, 2)
     assert re.search("(training stopped with|training ended without).*; RESUME=true continues", launcher.said())
     assert T.newest_checkpoint(output_of(tmp_path)) is not None
 

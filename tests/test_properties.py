@@ -130,8 +130,10 @@ lines = st.one_of(
 @given(line=lines.map(lambda line: line.replace(b"\n", b"")))
 @example(line=b'{"prompt": ' + b"[" * 100_000)
 @example(line=b'{"prompt": ' + b"1" * 5000 + b"}")
+@example(line=b'{"%s": 1}' % (b"a" * 5000))
+@example(line=b'{"%s": 1, "%s": 2}' % (b"a" * 5000, b"a" * 5000))
 def test_any_line_is_a_pair_or_an_error_that_names_its_row(folder, line):
-    """No bytes in a line raise anything else, and none of them hide or change the rows around it."""
+    """No bytes in a line raise anything else, and none of them hide or change the rows around it; errors are brief."""
     try:
         pair = T.parse_row(line, 2)
     except ValueError as error:
@@ -145,7 +147,8 @@ def test_any_line_is_a_pair_or_an_error_that_names_its_row(folder, line):
         with pytest.raises(T.InputError) as caught:
             T.read_pairs(path)
         assert str(caught.value).startswith(f"- data file {path}, row 2: ")
-        assert problem.strip() and len(caught.value.problems) == 1
+        assert len(caught.value.problems) == 1
+        assert 0 < len(problem.strip()) < 1000 and problem.isprintable()
     else:
         pairs, report = T.read_pairs(path)
         teaches = (
@@ -699,12 +702,13 @@ def test_only_a_table_as_wide_as_the_model_is_a_soft_prompt(folder, shape, kind,
 
 
 def read_or_refused(path, hidden_size) -> None:
-    """Reads a soft prompt: it is a proper one, or an InputError of one printable line says why not."""
+    """Reads a soft prompt: it is a proper one, or an InputError of one brief, printable line says why not."""
     try:
         found = T.read_soft_prompt(str(path), hidden_size)
     except T.InputError as error:
         (problem,) = error.problems
-        assert problem.startswith("PROMPT_EMBEDDING_PATH (--prompt_embedding_path) is ") and problem.isprintable()
+        assert problem.startswith("PROMPT_EMBEDDING_PATH (--prompt_embedding_path) is ")
+        assert problem.isprintable() and len(problem) < 4000
         return
     if found is None:
         assert hidden_size is None
@@ -779,6 +783,7 @@ def with_attributes(attributes: dict) -> Unpickled:
     return Unpickled(torch._tensor._rebuild_from_type_v2, (rebuild, torch.Tensor, arguments, attributes))
 
 
+STORAGE = torch.zeros(5000).untyped_storage()
 attribute_values = st.none() | st.integers(0, 9) | st.sampled_from([torch.Size, collections.OrderedDict, VALUES])
 METHODS = {kind: sorted(name for name in dir(kind) if not name.startswith("__")) for kind in (dict, torch.Tensor)}
 
@@ -807,6 +812,28 @@ def test_attributes_of_a_tensor_hide_none_of_its_methods(folder, attributes, key
     tensor = with_attributes(attributes)
     (folder / "soft.pt").write_bytes(zip_file(tensor if key is None else {key: tensor}))
     read_or_refused(folder / "soft.pt", 4)
+
+
+@examples(40)
+@given(
+    keys=st.lists(
+        st.text() | st.sampled_from(["a" * 5000, "\n", 10**70, None, (1,) * 5000, b"a", torch.float16, STORAGE]),
+        min_size=1,
+        max_size=6,
+        unique_by=repr,
+    ),
+    fits=st.booleans(),
+)
+@example(keys=["a" * 5000], fits=False)
+@example(keys=[(1,) * 5000], fits=False)
+@example(keys=[STORAGE], fits=False)  # as text all its bytes, a line each
+def test_any_keys_are_read_or_refused(folder, keys, fits):
+    """Keys that are long, or no text at all, make no long error; a soft prompt beside them is found all the same."""
+    (folder / "soft.pt").write_bytes(zip_file({**dict.fromkeys(keys), **({"weight": VALUES} if fits else {})}))
+    if fits:
+        assert torch.equal(T.read_soft_prompt(str(folder / "soft.pt"), 4), VALUES)
+    else:
+        read_or_refused(folder / "soft.pt", 4)
 
 
 CALLS = {"open": open, "eval": eval, "exec": exec, "os.system": T.os.system, "mkdir": T.os.mkdir}
