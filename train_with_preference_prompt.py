@@ -89,7 +89,7 @@ PLACEHOLDER = "\ue000\ue001"  # private-use characters: stand for a text that is
 RUN_SETTINGS = "run_settings.json"  # written first: a folder that has it holds a run of this program
 MODEL_CARD = "README.md"  # written last: then the run is finished
 MERGED_WEIGHTS, MERGED_FOLDER = "pytorch_model.bin", "merged"
-SOFT_PROMPT, MAX_VIRTUAL_TOKENS = "prompt_embeddings.pt", 4096
+SOFT_PROMPT, MAX_VIRTUAL_TOKENS, MAX_EMBEDDING_SIZE = "prompt_embeddings.pt", 4096, 2**16
 ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 TRAINER_STATE = "trainer_state.json"
 CHECKPOINT_FILES = "complete.json"  # written last: a checkpoint without it, or with other files than it lists, is none
@@ -509,11 +509,11 @@ class DataReport:
 
 def unique_fields(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object of these fields; ValueError where one occurs twice, of which JSON would keep the last."""
-    record = dict(fields)
-    if len(record) < len(fields):
-        names = [name for name, _ in fields]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"field {twice!r} occurs twice; write each field once")
+    record: dict[str, Any] = {}
+    for name, value in fields:
+        if name in record:
+            raise ValueError(f"field {shortened(repr(name))} occurs twice; write each field once")
+        record[name] = value
     return record
 
 
@@ -727,7 +727,7 @@ def open_tensors(file: Path) -> dict[str, Any]:
     def bare(value):  # a file may set attributes that hide methods
         return torch.Tensor.detach(value) if isinstance(value, torch.Tensor) else value
 
-    return {str(key): bare(value) for key, value in dict.items(found)}
+    return {str(k) if isinstance(k, str | int) else type(k).__name__: bare(v) for k, v in dict.items(found)}
 
 
 def pick_soft_prompt(found: Mapping[str, Any], hidden_size: int | None) -> Any:
@@ -740,9 +740,13 @@ def pick_soft_prompt(found: Mapping[str, Any], hidden_size: int | None) -> Any:
     keys = keys or [key for key, value in found.items() if not soft_prompt_problem(value, hidden_size)]
     if len(keys) == 1:
         return found[keys[0]]
-    listed = ", ".join(f"{key!r} {describe_tensor(value)}" for key, value in list(found.items())[:MAX_LISTED_PROBLEMS])
+    listed = ", ".join(
+        f"{shortened(repr(key), 100)} {describe_tensor(value)}"
+        for key, value in list(found.items())[:MAX_LISTED_PROBLEMS]
+    )
     more = ", …" * (len(found) > MAX_LISTED_PROBLEMS)
-    what = f"is ambiguous, {' and '.join(map(repr, keys[:2]))} could be the soft prompt" if keys else "holds none"
+    both = " and ".join(shortened(repr(key), 100) for key in keys[:2])
+    what = f"is ambiguous, {both} could be the soft prompt" if keys else "holds none"
     raise ValueError(f"{what}: found {listed or 'nothing'}{more}; {expected_soft_prompt(hidden_size)}")
 
 
@@ -767,6 +771,8 @@ def soft_prompt_problem(value: Any, hidden_size: int | None) -> str | None:
         return f"holds {describe_tensor(value)}; {expected_soft_prompt(hidden_size)}"
     if value.dim() == 2 and len(value) > MAX_VIRTUAL_TOKENS:
         return f"holds {describe_tensor(value)}; a soft prompt has at most {MAX_VIRTUAL_TOKENS} embeddings"
+    if value.shape[-1] > MAX_EMBEDDING_SIZE:
+        return f"holds {describe_tensor(value)}; no model has embeddings of more than {MAX_EMBEDDING_SIZE} numbers"
     if hidden_size not in (None, value.shape[-1]):
         return (
             f"holds {describe_tensor(value)}, but the model's embeddings have {hidden_size} numbers, not "

@@ -135,7 +135,7 @@ def read(target: str, path: Path, hidden_size: int | None) -> str | None:
         return None if fits else "wrong result"
     except T.InputError as error:
         lines = str(error).split("\n")
-        clean = len(lines) == len(error.problems) and all(map(str.isprintable, lines)) and len(max(lines)) < 4000
+        clean = len(lines) == len(error.problems) and all(map(str.isprintable, lines)) and max(map(len, lines)) < 4000
         return None if clean else f"message: {str(error)[:200]!r}"
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)

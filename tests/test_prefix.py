@@ -395,3 +395,11 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, name, call):
 def test_a_whole_module_is_refused_by_its_class(tmp_path):
     torch.save(nn.Embedding.from_pretrained(VALUES), tmp_path / "soft.pt")
     assert "it asks to run 'torch.nn.modules.sparse.Embedding', which is refused" in problem_of(tmp_path / "soft.pt")
+
+
+def test_a_small_file_with_an_endless_embedding_is_refused_before_it_takes_memory(tmp_path):
+    """Where the model's size is not known yet: one number that is said to be 2 billion."""
+    torch.save(torch.zeros(1).expand(2 * 10**9), tmp_path / "soft.pt")
+    assert (tmp_path / "soft.pt").stat().st_size < 10_000
+    with pytest.raises(T.InputError, match="no model has embeddings of more than 65536 numbers"):
+        T.read_soft_prompt(str(tmp_path / "soft.pt"), None)
