@@ -4,6 +4,7 @@ The program is run by its file as `__main__`, with its own arguments, environmen
 """
 
 import atexit
+import contextlib
 import functools
 import gc
 import itertools
@@ -42,6 +43,7 @@ class Run:
         if not in_time:
             self.kill()
         status = int(self.server.stdout.readline())
+        RUNNING.remove(self)
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in (self.stdout, self.stderr))
         for buffer in Path("/dev/shm").glob(
             f"deepspeed_*_{self.port}_*"
@@ -50,6 +52,9 @@ class Run:
         if not in_time:
             raise subprocess.TimeoutExpired("the program", timeout, out, err)
         return subprocess.CompletedProcess("the program", status, out, err)
+
+
+RUNNING: list[Run] = []
 
 
 @functools.cache
@@ -67,12 +72,17 @@ def logs() -> tempfile.TemporaryDirectory:
 
 def start(argv: Sequence[str], environment: Mapping[str, str], cwd: Path, program: Path = PROGRAM) -> Run:
     """Starts the program as the only one at a time; what it prints can be read while it runs."""
+    for left in list(RUNNING):  # by a test that failed
+        with contextlib.suppress(ProcessLookupError):
+            left.kill()
+        left.wait()
     number = next(NUMBERS)
     stdout, stderr = (Path(logs().name, f"{number}.{stream}") for stream in ("stdout", "stderr"))
     request = {"argv": [str(program), *argv], "environment": dict(environment), "cwd": str(cwd)}
     request["outputs"] = [os.devnull, str(stdout), str(stderr)]
     print(json.dumps(request), file=server().stdin, flush=True)
-    return Run(server(), int(server().stdout.readline()), stdout, stderr, environment["MASTER_PORT"])
+    RUNNING.append(Run(server(), int(server().stdout.readline()), stdout, stderr, environment["MASTER_PORT"]))
+    return RUNNING[-1]
 
 
 def serve() -> None:
