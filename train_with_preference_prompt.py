@@ -2989,7 +2989,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     args, problems = read_arguments(argv)
     # a folder that is moved aside may hold the working folder
-    folders = {"output_dir": str(args.output_path.absolute()), "log_dir": str(args.log_path.absolute())}
+    folders = {"output_dir": os.path.abspath(args.output_path), "log_dir": os.path.abspath(args.log_path)}
     args = dataclasses.replace(args, **folders)
     devices, pairs, reports = check_inputs(args, problems)
     if args.plan:
