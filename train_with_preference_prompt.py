@@ -1243,6 +1243,8 @@ def deepspeeds_own_classes() -> contextlib.AbstractContextManager:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    # Some versions of Python pickle an enum by getattr, which could do anything and is not allowed.
+    ZeroStageEnum.__reduce_ex__ = lambda stage, protocol: (ZeroStageEnum, (stage.value,))
     return torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 
