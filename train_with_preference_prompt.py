@@ -53,6 +53,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -1571,7 +1572,8 @@ def add_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
 # ======================================================================================================================
 
 TREE_ATTENTION = "packed_trees"
-HEAD_CHUNK = 512  # scored tokens whose full-vocabulary logits exist at a time
+# Scored tokens whose full-vocabulary logits exist at a time: few enough for a CPU's caches, many for a GPU's cores.
+HEAD_CHUNK = {"cpu": 128, "cuda": 1024}
 
 
 def tree_attention(
@@ -1599,18 +1601,19 @@ def tree_attention(
         raise NotImplementedError(f"attention with {', '.join(needed) or 'a mask'} is not supported in packed trees")
     attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout)
     groups = query.shape[1] // key.shape[1]  # query heads that share a key head
+    # Each tree in two parts: trunk and chosen branch, which are one causal sequence, and the rejected branch.
+    sizes = [size for tree in trees for size in (tree.rejected_start - tree.start, tree.end - tree.rejected_start)]
+    queries, keys, values = (states.split(sizes, dim=2) for states in (query, key, value))
     outputs = []
-    for start, chosen_start, rejected_start, end in trees:
-        path = slice(start, rejected_start)  # trunk and chosen branch: one causal sequence
-        keys, values = key[:, :, path], value[:, :, path]
-        outputs.append(attend(query[:, :, path], keys, values, is_causal=True, enable_gqa=groups > 1))
-        if end > rejected_start:  # with a mask CUDA's fast kernels want the key heads repeated
-            trunk, branch = slice(start, chosen_start), slice(rejected_start, end)
-            keys, values = (
-                repeat_kv(torch.cat((x[:, :, trunk], x[:, :, branch]), dim=2), groups) for x in (key, value)
-            )
-            mask = lower_right_mask(end - rejected_start, keys)
-            outputs.append(attend(query[:, :, branch], keys, values, attn_mask=mask))
+    for number, tree in enumerate(trees):
+        path, branch = 2 * number, 2 * number + 1
+        outputs.append(attend(queries[path], keys[path], values[path], is_causal=True, enable_gqa=groups > 1))
+        if sizes[branch]:  # with a mask CUDA's fast kernels want the key heads repeated
+            trunk = slice(0, tree.chosen_start - tree.start)
+            seen = (torch.cat((part[path][:, :, trunk], part[branch]), dim=2) for part in (keys, values))
+            seen_keys, seen_values = (repeat_kv(part, groups) for part in seen)
+            mask = lower_right_mask(sizes[branch], seen_keys)
+            outputs.append(attend(queries[branch], seen_keys, seen_values, attn_mask=mask))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -1620,6 +1623,32 @@ def lower_right_mask(num_queries: int, key: torch.Tensor) -> torch.Tensor:
     return torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril(num_keys - num_queries)
 
 
+class FrozenHeadLogps(torch.autograd.Function):
+    """Log-probabilities (S,) of `targets` (S,) from hidden states (S, H) by a head that is not trained.
+
+    The gradient to the hidden states, softmax(W h) being at hand, is taken in the forward pass: a chunk's logits exist
+    once. It is that of the logits, onehot − softmax, times W; the backward pass only scales it.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        chunk, logps, gradients = HEAD_CHUNK[hidden.device.type], [], []
+        for part, target in zip(hidden.split(chunk), targets[:, None].split(chunk), strict=True):
+            scores = F.linear(part, weight, bias).float().log_softmax(-1)  # (C, V)
+            logps.append(scores.gather(-1, target))
+            if ctx.needs_input_grad[0]:
+                probabilities = scores.exp_()
+                probabilities.scatter_add_(-1, target, -torch.ones_like(logps[-1]))
+                gradients.append((probabilities.to(weight.dtype) @ weight).neg_())
+        ctx.save_for_backward(torch.cat(gradients) if gradients else None)
+        return torch.cat(logps).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, grad_logps):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_logps[:, None]).to(gradient.dtype), None, None, None
+
+
 def head_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Log-probabilities (C,) of `targets` (C,) from hidden states (C, H); the logits (C, V) end here."""
     logits = head(hidden).float()
@@ -1627,12 +1656,89 @@ def head_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> 
 
 
 def chunked_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`head_logps` of (S, H) and (S,) in chunks; the backward pass recomputes a chunk's logits, none are kept."""
+    """`head_logps` of (S, H) and (S,) in chunks, of which no logits are kept.
+
+    Those of a head that is trained itself are computed again in the backward pass.
+    """
+    if type(head) is nn.Linear and not head.weight.requires_grad:
+        return FrozenHeadLogps.apply(hidden, head.weight, head.bias, targets)
     score = head_logps
     if torch.is_grad_enabled():
         score = functools.partial(checkpoint, head_logps, use_reentrant=False)
-    chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
-    return torch.cat([score(head, *chunk) for chunk in chunks])
+    chunk = HEAD_CHUNK[hidden.device.type]
+    chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([score(head, *part) for part in chunks])
+
+
+def masked(rows: torch.Tensor, noise: torch.Tensor | None, dropped: int) -> torch.Tensor:
+    """Rows (T, C) with 0 where the noise (T, C), 16 random bits, is among the lowest `dropped` of its 2¹⁶ values."""
+    if noise is None:
+        return rows
+    kept = torch.ge(noise, dropped - 2**15, out=torch.empty_like(rows))
+    return kept.mul_(rows)
+
+
+class LoRALinear(torch.autograd.Function):
+    """x Wᵀ + b + s (x ∘ m) Aᵀ Bᵀ (LoRA, arXiv 2106.09685, eq. 3, with dropout m) for a frozen W.
+
+    In as few passes over memory as it takes: the products are added up where they are made, and what is kept for the
+    backward pass is x, which the adapters that read it share, and the narrow x Aᵀ.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scaling, noise, dropped):
+        rows = x.flatten(0, -2)  # (T, in)
+        narrow = masked(rows, noise, dropped) @ a.T  # (T, r)
+        ctx.save_for_backward(rows, weight, a, b, narrow, noise)
+        ctx.scaling, ctx.dropped = scaling, dropped
+        output = F.linear(rows, weight, bias).addmm_(narrow, b.T, alpha=scaling)
+        return output.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        rows, weight, a, b, narrow, noise = ctx.saved_tensors
+        grad = grad_output.flatten(0, -2)  # (T, out)
+        grad_narrow = (grad @ b).mul_(ctx.scaling)
+        grad_a = grad_narrow.T @ masked(rows, noise, ctx.dropped)
+        grad_b = (grad.T @ narrow).mul_(ctx.scaling)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = masked(grad_narrow @ a, noise, ctx.dropped).addmm_(grad, weight)
+            grad_x = grad_x.view(*grad_output.shape[:-1], -1)
+        return grad_x, None, None, grad_a, grad_b, None, None, None
+
+
+class DropoutNoise:
+    """16 random bits per entry of an adapter's input; adapters that read the same tensor have the same dropout."""
+
+    def __init__(self):
+        self.input = self.noise = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x is not self.input:
+            words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+            self.input, self.noise = x, words.view(torch.int16)[: x.numel()].view(-1, x.shape[-1])
+        return self.noise
+
+
+def lora_forward(module: LoraLinear, peft_forward: Callable, noise: DropoutNoise, x: torch.Tensor) -> torch.Tensor:
+    """What PEFT's own forward of a LoRA layer computes, by `LoRALinear`."""
+    if module.disable_adapters or module.merged:
+        return peft_forward(x)
+    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    share = getattr(module.lora_dropout["default"], "p", 0.0) if module.training else 0.0
+    dropped = round(share * 2**16)
+    scaling = module.scaling["default"] / (1 - dropped / 2**16)
+    base = module.base_layer
+    return LoRALinear.apply(x, base.weight, base.bias, a, b, scaling, noise(x) if dropped else None, dropped)
+
+
+def speed_up_adapter(policy: PeftModel) -> None:
+    """Lets the LoRA layers of frozen linear ones be computed by `LoRALinear`; others stay as PEFT has them."""
+    noise = DropoutNoise()
+    for module in policy.modules():
+        if isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear:
+            module.forward = functools.partial(lora_forward, module, module.forward, noise)
 
 
 def model_inputs(
@@ -3227,7 +3333,10 @@ def build_policy(
     base_logps = {condition: teacher_logps(model, batch[condition].to(model.device)) for condition in ("base", "pref")}
     compared = {condition: logps[:COMPARED_PAIRS] for condition, logps in base_logps.items()}
     check_packed_forward(model, dataset.pairs[: len(compared["base"])], compared, soft_prompt)
-    policy = add_soft_prompt(model, soft_prompt) if args.trains_prefix else add_adapter(model, args)
+    if args.trains_prefix:
+        return add_soft_prompt(model, soft_prompt), soft_prompt, base_logps
+    policy = add_adapter(model, args)
+    speed_up_adapter(policy)
     return policy, soft_prompt, base_logps
 
 

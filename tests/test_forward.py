@@ -1,10 +1,13 @@
 """Forward: packed trees give the log-probabilities, loss and gradients of a plain padded computation."""
 
+import contextlib
 import copy
+import math
 
 import pytest
 import torch
 from conftest import make_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -111,17 +114,93 @@ def test_one_token_answers_have_empty_branches(model, tokenized):
 def test_chunks_change_nothing(model, tokenized, monkeypatch):
     T.enable_packed_forward(model)
     whole = T.policy_logps(model, pack(tokenized))
-    monkeypatch.setattr(T, "HEAD_CHUNK", 7)
+    monkeypatch.setitem(T.HEAD_CHUNK, "cpu", 7)
     torch.testing.assert_close(T.policy_logps(model, pack(tokenized)), whole, **CLOSE)
 
 
 def test_no_more_logits_than_a_chunk(model, tokenized, monkeypatch):
-    monkeypatch.setattr(T, "HEAD_CHUNK", 7)
+    monkeypatch.setitem(T.HEAD_CHUNK, "cpu", 7)
     T.enable_packed_forward(model).train()
     shapes = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, output: shapes.append(output.shape))
     T.policy_logps(model, pack(tokenized)).sum().backward()
     assert len(shapes) > 2 and all(shape[0] <= 7 for shape in shapes)
+
+
+def test_a_frozen_heads_logits_exist_once(model, tokenized, monkeypatch):
+    """Its gradient is taken along: chunk by chunk, in the forward pass only, and it is autograd's."""
+    T.enable_packed_forward(model)
+    whole = T.policy_logps(model, pack(tokenized))
+    weights = torch.linspace(-1, 2, whole.numel()).view_as(whole)
+    others = [p for p in model.get_decoder().parameters() if p is not model.get_input_embeddings().weight]
+    expected = torch.autograd.grad((whole * weights).sum(), others)
+    monkeypatch.setitem(T.HEAD_CHUNK, "cpu", 7)
+    model.get_output_embeddings().weight.requires_grad_(False)
+    shapes, linear = [], T.F.linear
+
+    def watched(hidden, weight, bias=None):
+        if len(weight) == model.config.vocab_size:
+            shapes.append(hidden.shape[0])
+        return linear(hidden, weight, bias)
+
+    monkeypatch.setattr(T.F, "linear", watched)
+    logps = T.policy_logps(model, pack(tokenized))
+    before = len(shapes)
+    found = torch.autograd.grad((logps * weights).sum(), others)
+    torch.testing.assert_close(logps, whole, **CLOSE)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+    assert max(shapes) == 7 and len(shapes) == before == math.ceil(pack(tokenized).target_ids.numel() / 7)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("adapter_on", [True, False])
+def test_lora_layers_compute_what_pefts_do(model, tokenized, training, adapter_on):
+    """Log-probabilities and gradients, of a policy that is no longer its reference."""
+    T.enable_packed_forward(model)
+    policy = T.add_adapter(model, T.ScriptArguments(lora_r=4, lora_dropout=0.0)).train(training)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.05)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+
+    def score():
+        with contextlib.nullcontext() if adapter_on else policy.disable_adapter():
+            logps = T.policy_logps(policy, pack(tokenized))
+        return logps, torch.autograd.grad(logps[:, 0].sum() - logps[:, 1].sum(), trained) if adapter_on else []
+
+    logps, gradients = score()
+    T.speed_up_adapter(policy)
+    fast_logps, fast_gradients = score()
+    torch.testing.assert_close(fast_logps, logps, **CLOSE)
+    for fast, slow in zip(fast_gradients, gradients, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5 * slow.abs().max().item())
+    if adapter_on:
+        assert max(gradient.abs().max() for gradient in gradients) > 0.1
+
+
+def test_lora_dropout():
+    """The share asked for, the expectation kept, and the backward pass drops the same entries."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48)
+    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.3, target_modules=["0"])
+    policy = get_peft_model(nn.Sequential(layer), config)
+    lora = policy.base_model.model[0]
+    nn.init.normal_(lora.lora_B["default"].weight)
+    a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+    noise, x = T.DropoutNoise(), torch.randn(1, 4000, 64, requires_grad=True)
+    output = T.lora_forward(lora.train(), None, noise, x)
+    kept = (noise.noise >= round(0.3 * 2**16) - 2**15).float()
+    assert abs(kept.mean() - 0.7) < 0.005 and abs(kept.mean(0) - 0.7).max() < 0.04
+    masked = x[0] * kept / 0.7
+    expected = layer(x[0]) + 2 * masked @ a.T @ b.T
+    torch.testing.assert_close(output[0], expected, rtol=1e-4, atol=1e-4)
+    weights = torch.randn_like(expected)
+    found = torch.autograd.grad((output[0] * weights).sum(), (x, a, b))
+    for one, other in zip(found, torch.autograd.grad((expected * weights).sum(), (x, a, b)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    assert T.lora_forward(lora, None, noise, x).equal(output)  # another adapter that reads the same input
+    assert not T.lora_forward(lora, None, noise, x.clone()).equal(output)
 
 
 def test_the_order_of_pairs_is_irrelevant(model, tokenized):

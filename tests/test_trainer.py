@@ -39,6 +39,11 @@ def adapter(cwd):
     return load_file(output_of(cwd) / "adapter_model.safetensors")
 
 
+def assert_near(trained, other):
+    """A whole matrix to 2e-4: Adam turns the rounding of an entry whose gradient is almost 0 into a step of its own."""
+    assert (trained - other).norm() <= 2e-4 * other.norm()
+
+
 def plain_loop(tiny_run, tokenizer):
     """Guided DPO as anyone would write it: padded batches, whole updates, torch's AdamW, gradients clipped to 1."""
     rows = [json.loads(line) for line in open(tiny_run["TRAIN_DATASET_PATH"], encoding="utf-8")]
@@ -84,7 +89,7 @@ def test_a_run_equals_a_plain_training_loop(runs, tiny_run, tokenizer):
     saved = adapter(runs[4])
     assert saved.keys() == trained.keys()
     for name, tensor in saved.items():
-        torch.testing.assert_close(tensor, trained[name].detach(), rtol=1e-3, atol=1e-4)
+        assert_near(tensor, trained[name].detach())
 
 
 @pytest.mark.parametrize("pairs_per_forward", [1, 3, 8])
@@ -92,7 +97,7 @@ def test_pairs_per_forward_changes_no_update(runs, pairs_per_forward):
     for tag in ("loss/train", "loss/eval", "optim/grad_norm", "rewards_train/margin", "logps_train/pref_chosen"):
         torch.testing.assert_close(series(runs[pairs_per_forward], tag), series(runs[4], tag), rtol=1e-4, atol=1e-4)
     for name, tensor in adapter(runs[pairs_per_forward]).items():
-        torch.testing.assert_close(tensor, adapter(runs[4])[name], rtol=1e-3, atol=1e-4)
+        assert_near(tensor, adapter(runs[4])[name])
 
 
 def test_evaluations_at_the_start_every_eval_steps_and_at_the_end(runs):
@@ -148,7 +153,7 @@ def test_two_ranks_equal_one(tiny_run, tmp_path):
     for tag in ("loss/train", "loss/eval", "optim/grad_norm", "rewards_eval/accuracy", "logps_train/pref_chosen"):
         torch.testing.assert_close(series(two, tag), series(one, tag), rtol=1e-4, atol=1e-4)
     for name, tensor in adapter(two).items():
-        torch.testing.assert_close(tensor, adapter(one)[name], rtol=1e-3, atol=1e-4)
+        assert_near(tensor, adapter(one)[name])
 
 
 def test_deepspeed_does_the_training(runs):
