@@ -48,6 +48,7 @@ PRECISION="${PRECISION:-auto}"                          # auto · bf16 · fp32
 GRADIENT_CHECKPOINTING="${GRADIENT_CHECKPOINTING:-false}" # less memory, slower
 CPU_RANKS="${CPU_RANKS:-1}"                             # processes that share the cores when there is no GPU
 DS_CONFIG="${DS_CONFIG:-ds_config.json}"                # DeepSpeed configuration
+REFERENCE_CACHE="${REFERENCE_CACHE:-}"                  # folder that keeps the reference's log-probabilities; empty: in ~/.cache · off
 LOSS_TYPE="${LOSS_TYPE:-sigmoid}"                      # sigmoid · ipo · hinge · robust
 LABEL_SMOOTHING="${LABEL_SMOOTHING:-0}"                 # robust: share of wrong labels, below 0.5
 PROMPT_INIT="${PROMPT_INIT:-text}"                      # ptuning starts from PREFERENCE_TEXT's tokens (text) or from random
@@ -67,7 +68,7 @@ MODEL=(POLICY_MODEL_PATH ADAPTER_PATH PRECISION LOAD_IN_4BIT LORA_R LORA_ALPHA L
 DATA=(TRAIN_DATASET_PATH TEST_DATASET_PATH MAX_LENGTH MAX_PROMPT_LENGTH)
 OPTIMISATION=(BETA ALPHA LOSS_TYPE LABEL_SMOOTHING LEARNING_RATE PTUNING_LEARNING_RATE NUM_EPOCHS GRADIENT_ACCUM_STEPS
   PAIRS_PER_FORWARD GRADIENT_CHECKPOINTING SEED PRESET)
-RUN=(EVAL_STEPS OUTPUT_DIR LOG_DIR RESUME OVERWRITE)
+RUN=(EVAL_STEPS OUTPUT_DIR LOG_DIR REFERENCE_CACHE RESUME OVERWRITE)
 DEVICES=(GPU_NODES CPU_RANKS ZERO_STAGE OFFLOAD DS_CONFIG HOSTFILE NODE_RANK MASTER_ADDR)
 
 PROJECT="$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"

@@ -55,7 +55,9 @@ import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
+from safetensors.torch import save as save_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -100,6 +102,7 @@ TRAINER_STATE = "trainer_state.json"
 CHECKPOINT_FILES = "complete.json"  # written last: a checkpoint without it, or with other files than it lists, is none
 KEPT_CHECKPOINTS = 2
 EVENT_FILES, RUN_ID = "events.out.tfevents.*", ".run_id"
+CACHE_FOLDER = "preference_guided_dpo"  # in the user's cache folder
 # What a run leaves in its folder; tokenizers write files of several names.
 RUN_FILES = (
     *(RUN_SETTINGS, MODEL_CARD, MERGED_WEIGHTS, MERGED_FOLDER, SOFT_PROMPT, TRAINER_STATE, "training_args.bin"),
@@ -218,6 +221,9 @@ class ScriptArguments:
     log_dir: str = setting("./logs/Preference_Guided_DPO", "Where TensorBoard's event files go.")
     resume: bool = setting(False, "Continue the run in output_dir from its newest complete checkpoint.")
     overwrite: bool = setting(False, "Replace an earlier run in output_dir instead of moving it aside.")
+    reference_cache: str = setting(
+        "", "Folder that keeps the reference's log-probabilities for later runs; empty: in ~/.cache; off: none."
+    )
     # --- devices
     gpu_nodes: str = setting("auto", "auto (all GPUs, else the CPU) or localhost:0,1 with GPU numbers.")
     cpu_ranks: int = setting(1, "Processes that share the cores when training on the CPU.")
@@ -269,6 +275,15 @@ class ScriptArguments:
     @property
     def log_path(self) -> Path:
         return expanded(self.log_dir)
+
+    @property
+    def reference_cache_path(self) -> Path | None:
+        """The folder of the reference's log-probabilities; None where they are not kept."""
+        if self.reference_cache.lower() == "off":
+            return None
+        caches = os.environ.get("XDG_CACHE_HOME", "")  # a relative one does not count, by its specification
+        default = expanded(caches if os.path.isabs(caches) else "~/.cache") / CACHE_FOLDER
+        return expanded(self.reference_cache) if self.reference_cache else default
 
     @property
     def ds_config_path(self) -> Path:
@@ -346,6 +361,7 @@ PATHS = (
     "test_dataset_path",
     "output_dir",
     "log_dir",
+    "reference_cache",
     "ds_config",
 )
 
@@ -971,11 +987,11 @@ def tokenize_pairs(pairs: Sequence[Pair], report: DataReport, tokenize: PairToke
     return tokenized
 
 
-def tokens_digest(pairs: Iterable[TokenizedPair]) -> str:
-    """SHA-256 of all token ids: of what data, tokenizer, template, prefix and limits make together."""
+def tokens_digest(pairs: Iterable[TokenizedPair], conditions: Sequence[str] = ("base", "pref")) -> str:
+    """SHA-256 of the token ids in these conditions: of what data, tokenizer, template, prefix and limits make."""
     digest = hashlib.sha256()
     for pair in pairs:
-        for ids in (pair.prompt_ids, pair.pref_prompt_ids, pair.chosen_ids, pair.rejected_ids):
+        for ids in (*map(pair.prompt, conditions), pair.chosen_ids, pair.rejected_ids):
             digest.update(array("q", [len(ids), *ids]))
     return digest.hexdigest()
 
@@ -1066,6 +1082,7 @@ class PairDataset(Dataset):
     def __init__(self, pairs: Sequence[TokenizedPair]):
         self.pairs = list(pairs)
         self.ref_logps = torch.full((len(self.pairs), 2), math.nan)  # (N, 2) chosen, rejected
+        self.ref_file: Path | None = None  # where they were read from, if they were
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -1150,7 +1167,7 @@ class PairLoader(DataLoader):
 
 
 # ======================================================================================================================
-# 7 · Files — writes so that nothing is lost, says why it failed; which checkpoints are complete.
+# 7 · Files — writes so that nothing is lost, says why it failed; which checkpoints are complete; the reference's cache.
 # ======================================================================================================================
 
 
@@ -1185,14 +1202,18 @@ def lock_of(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.lock"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file at once: it is there whole, or as it was before."""
-    aside = path.with_name(f".{path.name}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
+def write_bytes(path: Path, content: bytes, aside: Path) -> None:
+    """Writes a file at once, `aside` first: it is there whole, or as it was before."""
+    with aside.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of text in UTF-8."""
+    write_bytes(path, text.encode(), path.with_name(f".{path.name}"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -1272,6 +1293,84 @@ def deepspeeds_own_classes() -> contextlib.AbstractContextManager:
     # Some versions of Python pickle an enum by getattr, which could do anything and is not allowed.
     ZeroStageEnum.__reduce_ex__ = lambda stage, protocol: (ZeroStageEnum, (stage.value,))
     return torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address])
+
+
+class ReferenceCache:
+    """The reference's log-probabilities on disk, a file for each model and data set; files are made by one rank alone.
+
+    Args:
+        folder: where the files are; None keeps nothing.
+        identity: all that changes the numbers but the pairs' token ids.
+    """
+
+    FORMAT = 1  # to be raised where this program scores differently, or writes other files
+
+    def __init__(self, folder: Path | None, identity: Mapping[str, str]):
+        self.folder, self.identity, self.writable = folder, identity, True
+
+    def file_of(self, pairs: Sequence[TokenizedPair]) -> Path | None:
+        """The file of a data set. The prefix is no part of its name: the reference does not see it."""
+        if self.folder is None:
+            return None
+        key = {**self.identity, "tokens": tokens_digest(pairs, ("base",)), "format": self.FORMAT}
+        return self.folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.safetensors"
+
+    @staticmethod
+    def checksum(logps: torch.Tensor) -> str:
+        return hashlib.sha256(logps.numpy().tobytes()).hexdigest()
+
+    def load(self, file: Path, size: int) -> torch.Tensor:
+        """What the file holds: (size, 2) fp32, NaN where it is not known yet.
+
+        Raises:
+            OSError, ValueError, SafetensorError: it cannot be read, or is damaged.
+        """
+        content = file.read_bytes()  # at once: another run may put a new file in its place
+        logps = load_bytes(content).get("ref_logps", torch.empty(0))
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        if logps.shape != (size, 2) or logps.dtype != torch.float32:
+            raise ValueError(f"it holds {describe_tensor(logps)}, expected float32 {(size, 2)}")
+        if self.checksum(logps) != header.get("__metadata__", {}).get("sha256"):
+            raise ValueError("its checksum is wrong")
+        return logps
+
+    def read(self, file: Path | None, size: int) -> torch.Tensor:
+        """The same for any file; all is unknown in one that is not there or, with a notice, cannot be used."""
+        try:
+            if file is not None and os.path.lexists(file):
+                return self.load(file, size)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = shortened(str(error).replace("\n", " "))
+            print(f"notice: {file} cannot be used: {reason}; it will be replaced", flush=True)
+        return torch.full((size, 2), math.nan)
+
+    def write(self, file: Path | None, logps: torch.Tensor) -> None:
+        """Keeps (N, 2) log-probabilities; where that fails, says so and keeps no more."""
+        if file is None or not self.writable:
+            return
+        with contextlib.suppress(OSError, ValueError, SafetensorError):
+            logps = logps.where(logps.isfinite(), self.load(file, len(logps)))  # of a run at the same time
+        what = "log-probabilities of (chosen, rejected) by the reference, in nats; NaN: not computed yet"
+        aside = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            content = save_bytes({"ref_logps": logps}, {"sha256": self.checksum(logps), "content": what})
+            write_bytes(file, content, aside)
+        except OSError as error:
+            self.writable = False
+            print(f"notice: {file} cannot be written ({error.strerror}); the run goes on without it", flush=True)
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+
+    def describe(self, file: Path | None, known: int, total: int) -> str:
+        """How many of the pairs came from the file, how many were computed, and what is kept."""
+        there, computed = f"{known} of {total} pairs from {file}", f"{total - known} computed"
+        if file is None or (known < total and not self.writable):
+            return f"{there}, {computed}, not kept" if known else f"{computed}, not kept"
+        with contextlib.suppress(OSError):  # another may have deleted it
+            there += f" ({file.stat().st_size / 1024:.1f} KiB)"
+        return there if known == total else f"{there}, {computed}"
 
 
 # ======================================================================================================================
@@ -1402,6 +1501,25 @@ def weights_digest(model: PreTrainedModel) -> str:
         rows = torch.hash_tensor(weight.detach(), dim=-1)
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + rows.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def reference_identity(model: PreTrainedModel, weights: str, device: torch.device) -> dict[str, str]:
+    """What of a model and a machine changes log-probabilities beyond rounding, wherever the model lies.
+
+    Args:
+        weights: the model's `weights_digest`.
+        device: on which the model will run.
+    """
+    elsewhere = ("_name_or_path", "transformers_version")
+    config = {name: value for name, value in model.config.to_dict().items() if name not in elsewhere}
+    return {
+        "weights": weights,
+        "config": f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}",
+        "dtype": str(model.dtype),
+        "device": device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def lay_out(config) -> PreTrainedModel:
@@ -2274,17 +2392,48 @@ SAMPLE_PROMPTS = 3
 SAMPLE_TOKENS = 64
 
 
-def fill_reference_logps(trainer: PreferenceGuidedDPOTrainer, dataset: PairDataset, name: str) -> None:
-    """Scores all pairs with the reference, each rank its share, and gives every rank all of them."""
-    filled = torch.zeros(len(dataset), 2, device=trainer.args.device)
-    loader, quiet = trainer.get_eval_dataloader(dataset), not trainer.is_world_process_zero()
-    for batch in tqdm(loader, desc=f"reference, {name} data", leave=False, disable=quiet):
+def reference_scores(
+    trainer: PreferenceGuidedDPOTrainer, pairs: Sequence[TokenizedPair], name: str
+) -> Iterator[torch.Tensor]:
+    """Scores pairs with the reference, each rank its share; yields (M, 2), NaN where not scored yet, now and then.
+
+    Every rank gets the same at the same time: all of them, about 50 times on the way to the last pair.
+    """
+    if not pairs:
+        return
+    loader, quiet = trainer.get_eval_dataloader(PairDataset(pairs)), not trainer.is_world_process_zero()
+    every = max(8, math.ceil(len(loader) / 50))
+    mine = torch.zeros(len(pairs), 3, device=trainer.args.device)  # chosen, rejected, 1 where scored
+    for number, batch in enumerate(tqdm(loader, desc=f"reference, {name} data", leave=False, disable=quiet), start=1):
         batch = trainer._prepare_inputs(batch)
-        logps = reference_logps(trainer.model, batch["base"])
-        filled.index_add_(0, batch["indices"], logps * batch["weights"][:, None])
+        logps = F.pad(reference_logps(trainer.model, batch["base"]), (0, 1), value=1.0)
+        mine.index_add_(0, batch["indices"], logps * batch["weights"][:, None])
+        if number % every == 0 or number == len(loader):
+            scored = mine.clone()
+            if trainer.args.world_size > 1:
+                torch.distributed.all_reduce(scored)
+            yield scored[:, :2].where(scored[:, 2:] > 0, math.nan)
+
+
+def fill_reference_logps(
+    trainer: PreferenceGuidedDPOTrainer, dataset: PairDataset, name: str, cache: ReferenceCache
+) -> None:
+    """Gives every rank the reference's log-probabilities of all pairs; those that the cache lacks are computed.
+
+    Raises:
+        RunError: some are not finite; their rows are named.
+    """
+    is_main, file = trainer.is_world_process_zero(), cache.file_of(dataset.pairs)
+    logps = cache.read(file if is_main else None, len(dataset)).to(trainer.args.device)  # ranks may share no disk
     if trainer.args.world_size > 1:
-        torch.distributed.all_reduce(filled)
-    dataset.ref_logps = filled.cpu()
+        torch.distributed.broadcast(logps, src=0)
+    missing = (~logps.isfinite()).any(dim=1).nonzero().flatten()
+    known = len(dataset) - len(missing)
+    for scores in reference_scores(trainer, [dataset.pairs[index] for index in missing.tolist()], name):
+        logps[missing] = scores
+        if is_main:
+            cache.write(file, logps.where(logps.isfinite().all(dim=1, keepdim=True), math.nan).cpu())
+    dataset.ref_logps, dataset.ref_file = logps.cpu(), file if known else None
     broken = (~dataset.ref_logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if broken:
         rows = describe_rows([dataset.pairs[index].source.row for index in broken])
@@ -2292,6 +2441,8 @@ def fill_reference_logps(trainer: PreferenceGuidedDPOTrainer, dataset: PairDatas
             f"the reference's log-probabilities are not finite for {rows} of "
             f"{trainer.settings.dataset_paths[name]}; look at the pairs, or at the model's weights"
         )
+    if is_main:
+        print(f"reference log-probabilities, {name} data: {cache.describe(file, known, len(dataset))}", flush=True)
 
 
 def broken_pairs(trainer: PreferenceGuidedDPOTrainer, dataset: PairDataset, indices: Iterable[int]) -> list[int]:
@@ -2397,7 +2548,8 @@ def check_before_training(trainer: PreferenceGuidedDPOTrainer) -> None:
     reference = reference_logps(model, batch["base"])
     require_close("the reference (adapter off)", reference, "the base model", base_logps["base"], nats=1e-2)
     nats = rounding(model.get_base_model().dtype, dataset.pairs)
-    require_close("the reference pass", batch["ref_logps"], "the reference scored again", reference, nats)
+    kept = f" (from {dataset.ref_file}: delete that file)" if dataset.ref_file else ""
+    require_close(f"the reference pass{kept}", batch["ref_logps"], "the reference scored again", reference, nats)
     if trainer.state.global_step > 0:
         return
     if not trainer.settings.trains_prefix:
@@ -2467,8 +2619,8 @@ def release_shared_memory(rank: int) -> None:
 class RunCallback(TrainerCallback):
     """Calls this room's functions at their time, and keeps the clock of the updates."""
 
-    def __init__(self, trainer: PreferenceGuidedDPOTrainer):
-        self.trainer = trainer
+    def __init__(self, trainer: PreferenceGuidedDPOTrainer, cache: ReferenceCache):
+        self.trainer, self.cache = trainer, cache
         self.prompt_at_start = copy.deepcopy(trainer.soft_prompt)  # a checkpoint may put another in its place
 
     def answers(self, soft_prompt: nn.Embedding | None) -> list[list[str]]:
@@ -2479,8 +2631,8 @@ class RunCallback(TrainerCallback):
         state.compute_steps(args, state.max_steps)  # a checkpoint brings the EVAL_STEPS of the interrupted run
         if args.use_cpu:
             release_shared_memory(args.process_index)
-        fill_reference_logps(trainer, trainer.train_dataset, "train")
-        fill_reference_logps(trainer, trainer.eval_dataset, "test")
+        fill_reference_logps(trainer, trainer.train_dataset, "train", self.cache)
+        fill_reference_logps(trainer, trainer.eval_dataset, "test", self.cache)
         self.parameters_at_start = {}
         check_before_training(trainer)
         if state.global_step == 0:
@@ -2805,6 +2957,7 @@ def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]
         "overwrite",
         "output_dir",
         "log_dir",
+        "reference_cache",
         "eval_steps",
         "gpu_nodes",
         "cpu_ranks",
@@ -2906,6 +3059,17 @@ def output_problems(args: ScriptArguments) -> list[str]:
         if any(Path(place).is_relative_to(folder.resolve()) for place in (os.path.abspath(path), Path(path).resolve()))
     ]
     return [f"{where}: the run in it must make way, but {path} lies in it; name another folder" for path in inside]
+
+
+def cache_problems(args: ScriptArguments) -> list[str]:
+    """Why the folder that REFERENCE_CACHE names cannot be used; the default one is tried, and not needed."""
+    folder, value = args.reference_cache_path, args.reference_cache
+    if not value or folder is None:
+        return []
+    if folder.resolve().is_relative_to(args.output_path.resolve()):
+        where = describe("reference_cache", value)
+        return [f"{where}: lies in OUTPUT_DIR, with which it would be moved; name another, or set it to off"]
+    return folder_problems("reference_cache", folder, value)
 
 
 def lock_folder(name: str, folder: Path) -> Any:
@@ -3033,6 +3197,7 @@ def check_inputs(
     for concerns, function, argument in (
         ({"policy_model_path"}, model_problems, args.policy_model_path),
         ({"output_dir", "log_dir", "resume"}, output_problems, args),
+        ({"reference_cache", "output_dir"}, cache_problems, args),
         ({"ds_config"}, ds_config_problems, args),
     ):
         problems += check(concerns, function, argument) or []
@@ -3073,6 +3238,9 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
         + ("" if args.trains_prefix else f", α {args.alpha:g}"),
         "trained": f"{trained}, learning rate {args.peak_learning_rate:g}",
         "devices": f"{devices}, {str(precision_dtype(args.precision, devices.on_gpu)).removeprefix('torch.')}",
+        "reference": f"log-probabilities kept in {args.reference_cache_path}"
+        if args.reference_cache_path
+        else "log-probabilities computed for this run only (REFERENCE_CACHE=off)",
         "output": describe_output(args),
         "TensorBoard": args.log_dir,
     }
@@ -3212,6 +3380,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, problems = read_arguments(argv)
     # a folder that is moved aside may hold the working folder
     folders = {"output_dir": os.path.abspath(args.output_path), "log_dir": os.path.abspath(args.log_path)}
+    if args.reference_cache and args.reference_cache_path:
+        folders["reference_cache"] = os.path.abspath(args.reference_cache_path)
     args = dataclasses.replace(args, **folders)
     devices, pairs, reports = check_inputs(args, problems)
     if args.plan:
@@ -3247,6 +3417,7 @@ def train(
     transformers.set_seed(args.seed)
     model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
     weights = weights_digest(model)
+    cache = ReferenceCache(args.reference_cache_path, reference_identity(model, weights, hf_args.device))
     policy, soft_prompt, base_logps = build_policy(args, model.to(hf_args.device), start, datasets["train"])
     if is_main:
         settings = recorded_settings(args, devices)  # reads the input files, before anything is moved
@@ -3264,7 +3435,7 @@ def train(
     trainer = PreferenceGuidedDPOTrainer(
         policy, hf_args, args, datasets["train"], datasets["test"], tokenizer, base_logps, soft_prompt
     )
-    trainer.add_callback(RunCallback(trainer))
+    trainer.add_callback(RunCallback(trainer, cache))
     trainer.add_callback(TagCallback(args.log_path, hyperparameters(args)))
     trainer.add_callback(LossProgressCallback)
     checkpoint_path = newest_checkpoint(args.output_path) if args.resume else None
@@ -3343,7 +3514,7 @@ def build_policy(
 def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
     """What TensorBoard's HParams tab compares."""
     undecided = {name for name, (accepted, _) in ONLY.items() if len(accepted) == 1}
-    elsewhere = {"plan", "output_dir", "log_dir", "resume", "overwrite", "eval_steps"}
+    elsewhere = {"plan", "output_dir", "log_dir", "reference_cache", "resume", "overwrite", "eval_steps"}
     left_out = undecided | elsewhere | {"gpu_nodes", "cpu_ranks", "ds_config", *args.not_used}
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
 

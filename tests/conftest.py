@@ -19,6 +19,7 @@ sys.path.insert(0, str(PROJECT))
 import train_with_preference_prompt as T  # noqa: E402
 
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+os.environ["REFERENCE_CACHE"] = "off"  # no test writes into the home; every run through the launcher reads this
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -150,6 +151,7 @@ def start(variables: dict[str, str], cwd: Path, program: Path = forkserver.PROGR
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables = {"REFERENCE_CACHE": "off", **variables}
     flags = [word for name, value in variables.items() for word in (f"--{name.lower()}", value)]
     return forkserver.start(flags, {**rank, "LOCAL_SIZE": "1", "DS_ACCELERATOR": "cpu"}, cwd, program)
 

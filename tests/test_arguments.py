@@ -43,7 +43,7 @@ DEFAULTS = {
 # design §3: variables whose default the design leaves open
 OPEN = """preference_text pairs_per_forward seed eval_steps loss_type label_smoothing prompt_init gradient_checkpointing
 precision zero_stage offload ds_config hostfile node_rank master_addr cpu_ranks load_in_4bit adapter_path preset
-ptuning_learning_rate"""
+ptuning_learning_rate reference_cache"""
 
 # field → (values just inside, values just outside)
 BORDERS = {

@@ -180,8 +180,9 @@ def test_the_pairs_that_are_not_finite_are_found_on_every_rank(tiny_run, tmp_pat
         pytest.skip("two ranks need two cores")
     script = sabotaged(POISON.format(training=True, place=11, value="nan", gradient=False), tmp_path)
     port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
+    two = {"CPU_RANKS": "2", "GRADIENT_ACCUM_STEPS": "3", "REFERENCE_CACHE": "off"}
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": "2"}
-    flags = [f"--{n.lower()}={v}" for n, v in {**tiny_run, "CPU_RANKS": "2", "GRADIENT_ACCUM_STEPS": "3"}.items()]
+    flags = [f"--{n.lower()}={v}" for n, v in {**tiny_run, **two}.items()]
     ranks = [
         subprocess.Popen(
             [sys.executable, str(script), *flags],

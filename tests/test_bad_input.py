@@ -888,9 +888,14 @@ def prepare(ground: Path, name: str, made: Case) -> Path:
     return here
 
 
+CACHE_OFF = {"REFERENCE_CACHE": "off"}
+
+
 def run(server, here: Path, made: Case) -> subprocess.CompletedProcess:
     """Starts the program as the launcher does for the plan, or as DeepSpeed starts its only rank."""
-    words = [f"--{name.lower()}={value}" for name, value in {**GOOD, **made.variables}.items()] + list(made.flags)
+    words = [f"--{name.lower()}={value}" for name, value in {**GOOD, **CACHE_OFF, **made.variables}.items()] + list(
+        made.flags
+    )
     environment = {}
     if made.trains:
         environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
