@@ -2392,8 +2392,9 @@ def probe(args: ScriptArguments, policy: PeftModel, pairs: Sequence[Mapping[str,
     batch = {name: value.to(policy.device) for name, value in collate_pairs(pairs).items()}
     batch["ref_logps"] = torch.zeros_like(batch["ref_logps"])  # not known yet
     with as_in_training(args, policy, reserved) as trained:
-        metrics = score_pairs(args, policy, policy, batch, guided="pref" in args.conditions)
-        torch.autograd.grad(metrics["loss"].sum(), trained, allow_unused=True)
+        loss = score_pairs(args, policy, policy, batch, guided="pref" in args.conditions)["loss"].sum()
+        if loss.requires_grad:  # else a self-check will say what is wrong
+            torch.autograd.grad(loss, trained, allow_unused=True)
 
 
 def within_memory(device: torch.device, step: Callable[[], Any]) -> tuple[bool, Any]:
