@@ -23,6 +23,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib.util
 import io
@@ -32,6 +33,7 @@ import logging
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import socket
@@ -132,6 +134,7 @@ TAGS = {
 LEARNING_RATE_TAG, GRAD_NORM_TAG = "optim/learning_rate", "optim/grad_norm"
 PAIRS_PER_SECOND_TAG, TOKENS_PER_SECOND_TAG = "throughput/pairs_per_second", "throughput/tokens_per_second"
 SAMPLES_TAG = "samples/before_and_after"
+PEAK_MEMORY = "peak_memory_gib"  # in the trainer's log history only: without a slash it is no tag
 
 
 def expanded(path: str) -> Path:
@@ -2236,6 +2239,20 @@ def precision_dtype(precision: str, on_gpu: bool) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
+def score_pairs(
+    settings: ScriptArguments, policy: PeftModel, model: nn.Module, batch: Mapping[str, Any], guided: bool
+) -> dict[str, torch.Tensor]:
+    """The loss and its metrics, each (P,), of a batch on the device; `model` is `policy`, or the engine around it."""
+    reference, lengths = batch["ref_logps"], batch["lengths"]
+    kind = (settings.loss_type, settings.label_smoothing)
+    if settings.trains_prefix:
+        prefixed = policy_logps(model, batch["pref"])
+        return ptuning_loss(prefixed, reference, lengths, settings.beta, *kind)
+    teacher = teacher_logps(policy, batch["pref"]) if guided else None
+    plain_logps = policy_logps(model, batch["base"])
+    return preference_guided_loss(plain_logps, reference, teacher, lengths, settings.beta, settings.alpha, *kind)
+
+
 class PreferenceGuidedDPOTrainer(Trainer):
     """`transformers.Trainer` on packed preference pairs.
 
@@ -2306,15 +2323,8 @@ class PreferenceGuidedDPOTrainer(Trainer):
     # --- loss
 
     def score(self, model: nn.Module, batch: Mapping[str, Any], guided: bool) -> dict[str, torch.Tensor]:
-        """The loss and its metrics, each (P,), of a batch on the device."""
-        settings, reference, lengths = self.settings, batch["ref_logps"], batch["lengths"]
-        kind = (settings.loss_type, settings.label_smoothing)
-        if settings.trains_prefix:
-            prefixed = policy_logps(model, batch["pref"])
-            return ptuning_loss(prefixed, reference, lengths, settings.beta, *kind)
-        teacher = teacher_logps(self.model, batch["pref"]) if guided else None
-        policy = policy_logps(model, batch["base"])
-        return preference_guided_loss(policy, reference, teacher, lengths, settings.beta, settings.alpha, *kind)
+        """`score_pairs` with this trainer's settings and policy."""
+        return score_pairs(self.settings, self.model, model, batch, guided)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This forward's share of the update's mean loss; DeepSpeed averages over ranks, which `world_size` undoes."""
@@ -2384,10 +2394,11 @@ class PreferenceGuidedDPOTrainer(Trainer):
 
 
 # ======================================================================================================================
-# 13 · Around the updates — reference pass, self-checks before and after the first update, sample answers.
+# 13 · Around the updates — memory probe, reference pass, self-checks around the first update, sample answers.
 # ======================================================================================================================
 
-COMPARED_PAIRS = 2
+COMPARED_PAIRS = 2  # with the model's own forward passes
+CHECKED_PAIRS = 8  # in one packed row, with the base model; a user may pack more than memory holds
 SAMPLE_PROMPTS = 3
 SAMPLE_TOKENS = 64
 
@@ -2573,6 +2584,165 @@ def require_zero_rewards(trainer: PreferenceGuidedDPOTrainer, batch: Mapping[str
         )
 
 
+def longest_pairs(args: ScriptArguments, dataset: PairDataset) -> list[tuple[int, int]]:
+    """(place in the data set, tokens in the rows that a training step computes) of every pair, longest first."""
+
+    def tokens(pair: TokenizedPair) -> int:
+        rows = (pack_row([(pair.prompt(name), pair.chosen_ids, pair.rejected_ids)]) for name in args.conditions)
+        return sum(row.input_ids.numel() for row in rows)
+
+    lengths = [(index, tokens(pair)) for index, pair in enumerate(dataset.pairs)]
+    return sorted(lengths, key=lambda place: -place[1])
+
+
+def engine_bytes(policy: PeftModel, zero: Mapping[str, Any]) -> int:
+    """What DeepSpeed's ZeRO optimizer will hold on a GPU beside the model, at most.
+
+    Gradient, master copy and AdamW's two moments in fp32, and the buckets (two where communication overlaps), which
+    it allocates in full however few gradients there are.
+
+    Args:
+        zero: the part `zero_optimization` of DeepSpeed's configuration.
+    """
+    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    bucket = zero.get("reduce_bucket_size", 500_000_000)  # DeepSpeed's default
+    if bucket == "auto":  # what transformers makes of it
+        bucket = policy.get_base_model().get_input_embeddings().weight.shape[1] ** 2
+    return 4 * (4 * trained + int(bucket) * (2 if zero.get("overlap_comm") else 1))
+
+
+@contextlib.contextmanager
+def as_in_training(args: ScriptArguments, policy: PeftModel, reserved: int) -> Iterator[list[nn.Parameter]]:
+    """The policy as the engine will hold it, with `reserved` bytes of a GPU taken; gives what is trained.
+
+    Dropout is on and what is trained has the model's dtype. Random state, modes and parameters come back as they were.
+    """
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    values, modes = [parameter.data for parameter in trained], [(m, m.training) for m in policy.modules()]
+    device, dtype, taken = policy.device, policy.get_base_model().dtype, None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            if device.type == "cuda":
+                taken = torch.empty(reserved, dtype=torch.uint8, device=device)
+            if args.gradient_checkpointing:  # the stock Trainer will do the same
+                policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            policy.train()
+            for parameter in trained:
+                parameter.data = parameter.data.to(dtype)
+            yield trained
+        finally:
+            del taken
+            for parameter, value in zip(trained, values, strict=True):
+                parameter.data = value
+            for module, mode in modes:
+                module.training = mode
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU, or the allocator of the CPU, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(
+        re.search("DefaultCPUAllocator: can't allocate memory|not enough memory", str(error))
+    )
+
+
+def probe(args: ScriptArguments, policy: PeftModel, pairs: Sequence[Mapping[str, Any]], reserved: int) -> None:
+    """A training step's passes, forward and backward, over one packed row."""
+    batch = {name: value.to(policy.device) for name, value in collate_pairs(pairs).items()}
+    batch["ref_logps"] = torch.zeros_like(batch["ref_logps"])  # not known yet
+    with as_in_training(args, policy, reserved) as trained:
+        loss = score_pairs(args, policy, policy, batch, guided="pref" in args.conditions)["loss"].sum()
+        if loss.requires_grad:  # else a self-check will say what is wrong
+            torch.autograd.grad(loss, trained, allow_unused=True)
+
+
+def within_memory(device: torch.device, step: Callable[[], Any]) -> tuple[bool, Any]:
+    """Whether a step had memory enough on all ranks, and what it returned here."""
+    fit, result = torch.ones((), device=device), None
+    try:
+        result = step()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        fit.zero_()
+    if device.type == "cuda":  # what the step held must not count for the next one
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(fit, torch.distributed.ReduceOp.MIN)
+    return bool(fit), result
+
+
+def fitting_settings(
+    args: ScriptArguments, hf_args: TrainingArguments, policy: PeftModel, dataset: PairDataset
+) -> ScriptArguments:
+    """The settings with as many PAIRS_PER_FORWARD, halved as often as needed, as fit into every rank's memory.
+
+    Raises:
+        InputError: the longest pair alone does not fit.
+    """
+    longest, ranks, lowered = longest_pairs(args, dataset), hf_args.world_size, args
+    zero = hf_args.hf_deepspeed_config.config.get("zero_optimization", {})
+    reserved = engine_bytes(policy, zero)
+    size = min(args.pairs_per_forward, args.gradient_accum_steps, math.ceil(len(dataset) / ranks))
+    while True:
+        pairs = [dataset[index, 1.0] for index, _ in longest[:size]]
+        fit, _ = within_memory(hf_args.device, functools.partial(probe, args, policy, pairs, reserved))
+        if fit:
+            break
+        if size == 1:
+            row, (_, tokens) = pairs[0]["pair"].source.row, longest[0]
+            where = f"row {row} of {args.dataset_paths['train']}, {tokens} tokens in the rows of a training step"
+            raise InputError(memory_problem(args, f"one pair does not fit into memory: {where}", hf_args.device))
+        size //= 2
+        lowered = dataclasses.replace(args, pairs_per_forward=size)
+    if lowered is not args and hf_args.process_index == 0:
+        print(
+            f"PAIRS_PER_FORWARD lowered from {args.pairs_per_forward} to {size}: the longest batch did not fit into "
+            "memory; the update stays the same",
+            flush=True,
+        )
+    return lowered
+
+
+def memory_problem(args: ScriptArguments, what: str, device: torch.device, model_alone: bool = False) -> str:
+    """What to change when something does not fit, largest effect first, with the present values.
+
+    Kept activations fill the memory: recomputed they are about a twentieth; in bf16 half, and the weights too; they
+    grow with the length; each adapted module keeps its input, once more where dropout changes it. The rank matters
+    least, and the prefix only where it is trained: elsewhere its pass keeps no activations.
+    """
+    halved = args.precision == "fp32" and precision_dtype("auto", device.type == "cuda") == torch.bfloat16
+    lora = not args.trains_prefix
+    remedies = {
+        "gradient_checkpointing": ("true", not args.gradient_checkpointing),
+        "precision": ("bf16", halved),
+        "max_length": ("fewer tokens", True),
+        "policy_model_path": ("a smaller model", True),
+        "lora_target_modules": ("q_proj,v_proj", lora and args.lora_target_modules == "all-linear"),
+        "lora_dropout": ("0", lora and args.lora_dropout > 0),
+        "num_virtual_tokens": ("fewer", args.trains_prefix),
+        "lora_r": ("a lower rank", lora and args.lora_r > 1),
+    }
+    names = ("precision", "policy_model_path", "max_length") if model_alone else remedies
+    changes = [
+        f"{name.upper()} (now {json.dumps(getattr(args, name), ensure_ascii=False)}): {remedies[name][0]}"
+        for name in names
+        if remedies[name][1]
+    ]
+    return f"{what}. Change, largest effect first: {'; '.join(changes)}"
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that the rank which needed most has held at its peak: of GPU memory, or resident in the machine's."""
+    on_gpu = device.type == "cuda"
+    held = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    peak = torch.tensor(held / 2**30, dtype=torch.float64, device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
+    return peak.item()
+
+
 def sample_answers(trainer: PreferenceGuidedDPOTrainer, condition: str, soft_prompt: nn.Embedding | None) -> list[str]:
     """Greedy answers to the first test prompts in a condition, "base" or "pref"."""
     tokenizer, device, causal_lm = trainer.processing_class, trainer.args.device, trainer.model.get_base_model()
@@ -2658,6 +2828,7 @@ class RunCallback(TrainerCallback):
             self.parameters_at_start = {}
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.log({PEAK_MEMORY: peak_memory(args.device)})
         if state.is_world_process_zero:
             prompts = [pair.source.prompt for pair in self.trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
             answers = (*self.answers_before, *self.answers(self.trainer.soft_prompt))
@@ -2807,6 +2978,12 @@ def first_and_last_evaluation(trainer: Trainer) -> tuple[dict[str, float], dict[
     return logged[0], logged[-1]
 
 
+def describe_peak_memory(trainer: Trainer) -> str:
+    """The peak that was logged at the end."""
+    peak = next(logs[PEAK_MEMORY] for logs in reversed(trainer.state.log_history) if PEAK_MEMORY in logs)
+    return f"{peak:.2f} GiB" + (" (the rank that needed most)" if trainer.args.world_size > 1 else "")
+
+
 # what was trained → (what the folder holds, what to know about using it)
 CARD_WORDS = {
     "lora": (
@@ -2868,6 +3045,8 @@ model = PeftModel.from_pretrained(base_model, {trainer.args.output_dir!r})
 ## Settings
 
 {table(("setting", "value"), settings)}
+
+Peak memory of the training: {describe_peak_memory(trainer)}.
 
 torch {torch.__version__}, transformers {transformers.__version__}
 """
@@ -3418,7 +3597,15 @@ def train(
     model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
     weights = weights_digest(model)
     cache = ReferenceCache(args.reference_cache_path, reference_identity(model, weights, hf_args.device))
-    policy, soft_prompt, base_logps = build_policy(args, model.to(hf_args.device), start, datasets["train"])
+    fit, built = within_memory(
+        hf_args.device, lambda: build_policy(args, model.to(hf_args.device), start, datasets["train"])
+    )
+    if not fit:
+        raise InputError(memory_problem(args, "the model does not fit into memory", hf_args.device, model_alone=True))
+    policy, soft_prompt, base_logps = built
+    used = fitting_settings(args, hf_args, policy, datasets["train"])
+    if used.pairs_per_forward < args.pairs_per_forward:
+        hf_args = training_arguments(used, devices.on_gpu)  # DeepSpeed's accumulation steps come from it
     if is_main:
         settings = recorded_settings(args, devices)  # reads the input files, before anything is moved
         settings["content"] |= {"the base model": weights, "what the tokenizer makes": tokens_digest(tokenized)}
@@ -3433,7 +3620,7 @@ def train(
             write_json(args.output_path / RUN_SETTINGS, settings | {"run": run})  # makes the folder this run's
             make_way_for_events(args.log_path, run)
     trainer = PreferenceGuidedDPOTrainer(
-        policy, hf_args, args, datasets["train"], datasets["test"], tokenizer, base_logps, soft_prompt
+        policy, hf_args, used, datasets["train"], datasets["test"], tokenizer, base_logps, soft_prompt
     )
     trainer.add_callback(RunCallback(trainer, cache))
     trainer.add_callback(TagCallback(args.log_path, hyperparameters(args)))
@@ -3500,7 +3687,7 @@ def build_policy(
     elif args.trains_prefix:
         soft_prompt = soft_prompt_from(model, start)
     enable_packed_forward(model, soft_prompt)
-    batch = first_batch(dataset, args.pairs_per_forward)
+    batch = first_batch(dataset, min(args.pairs_per_forward, CHECKED_PAIRS))
     base_logps = {condition: teacher_logps(model, batch[condition].to(model.device)) for condition in ("base", "pref")}
     compared = {condition: logps[:COMPARED_PAIRS] for condition, logps in base_logps.items()}
     check_packed_forward(model, dataset.pairs[: len(compared["base"])], compared, soft_prompt)
@@ -3536,6 +3723,7 @@ def print_data_report(
 def print_result(trainer: PreferenceGuidedDPOTrainer) -> None:
     """Held-out metrics at the start and the end."""
     first, last = first_and_last_evaluation(trainer)
+    print(f"peak memory  {describe_peak_memory(trainer)}")
     print("held-out metrics         start      end")
     for name in ("loss", "accuracy", "reward_margin", "base_margin", "pref_advantage_ratio"):
         tag = TAGS[name][1]

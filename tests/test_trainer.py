@@ -163,11 +163,11 @@ def test_deepspeed_does_the_training(runs):
     assert any("zero_pp_rank_0" in name and name.endswith("optim_states.pt") for name in names), names
 
 
-RUN_TIME = ("throughput/", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "train_")
+RUN_TIME = ("throughput/", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "train_", T.PEAK_MEMORY)
 
 
 def logged(cwd) -> list[dict]:
-    """Everything a run logged but the time it took."""
+    """Everything a run logged but the time and the memory it took."""
     return [{tag: value for tag, value in logs.items() if not tag.startswith(RUN_TIME)} for logs in history(cwd)]
 
 
