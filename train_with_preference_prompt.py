@@ -1791,12 +1791,22 @@ def chunked_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) 
     return torch.cat([score(head, *part) for part in chunks])
 
 
-def masked(rows: torch.Tensor, noise: torch.Tensor | None, dropped: int) -> torch.Tensor:
-    """Rows (T, C) with 0 where the noise (T, C), 16 random bits, is among the lowest `dropped` of its 2¹⁶ values."""
-    if noise is None:
-        return rows
-    kept = torch.ge(noise, dropped - 2**15, out=torch.empty_like(rows))
-    return kept.mul_(rows)
+class Dropout(NamedTuple):
+    """Which entries of the input (T, C) of adapters are dropped: 16 random bits each, below a limit."""
+
+    noise: torch.Tensor | None = None  # (T, C) int16; None drops nothing
+    dropped: int = 0  # of the 2¹⁶ values
+
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows (T, C) with 0 where they are dropped; what is kept is not scaled."""
+        return rows if self.noise is None else self.kept(rows.dtype).mul_(rows)
+
+    def of_(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same in place."""
+        return rows if self.noise is None else rows.mul_(self.kept(rows.dtype))
+
+    def kept(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.ge(self.noise, self.dropped - 2**15, out=torch.empty_like(self.noise, dtype=dtype))
 
 
 class LoRALinear(torch.autograd.Function):
@@ -1807,9 +1817,9 @@ class LoRALinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scaling, noise, dropped):
+    def forward(ctx, x, weight, bias, a, b, scaling, noise, dropped, masked):
         rows = x.flatten(0, -2)  # (T, in)
-        narrow = masked(rows, noise, dropped) @ a.T  # (T, r)
+        narrow = masked @ a.T  # (T, r)
         ctx.save_for_backward(rows, weight, a, b, narrow, noise)
         ctx.scaling, ctx.dropped = scaling, dropped
         output = F.linear(rows, weight, bias).addmm_(narrow, b.T, alpha=scaling)
@@ -1818,31 +1828,34 @@ class LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         rows, weight, a, b, narrow, noise = ctx.saved_tensors
-        grad = grad_output.flatten(0, -2)  # (T, out)
+        dropout, grad = Dropout(noise, ctx.dropped), grad_output.flatten(0, -2)  # (T, out)
         grad_narrow = (grad @ b).mul_(ctx.scaling)
-        grad_a = grad_narrow.T @ masked(rows, noise, ctx.dropped)
+        grad_a = grad_narrow.T @ dropout.of(rows)
         grad_b = (grad.T @ narrow).mul_(ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = masked(grad_narrow @ a, noise, ctx.dropped).addmm_(grad, weight)
-            grad_x = grad_x.view(*grad_output.shape[:-1], -1)
-        return grad_x, None, None, grad_a, grad_b, None, None, None
+            grad_x = dropout.of_(grad_narrow @ a).addmm_(grad, weight).view(*grad_output.shape[:-1], -1)
+        return grad_x, None, None, grad_a, grad_b, None, None, None, None
 
 
-class DropoutNoise:
-    """16 random bits per entry of an adapter's input; adapters that read the same tensor have the same dropout."""
+class AdapterInput:
+    """What the adapters that read the same tensor share: its dropout, drawn once, and the rows that it leaves."""
 
     def __init__(self):
-        self.input = self.noise = None
+        self.input = self.dropout = self.rows = None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, dropped: int) -> tuple[Dropout, torch.Tensor]:
         if x is not self.input:
-            words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-            self.input, self.noise = x, words.view(torch.int16)[: x.numel()].view(-1, x.shape[-1])
-        return self.noise
+            self.input, self.dropout = x, Dropout()
+            if dropped:
+                words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
+                bits = words.random_(-(2**63), None).view(torch.int16)
+                self.dropout = Dropout(bits[: x.numel()].view(-1, x.shape[-1]), dropped)
+            self.rows = self.dropout.of(x.detach().flatten(0, -2))
+        return self.dropout, self.rows
 
 
-def lora_forward(module: LoraLinear, peft_forward: Callable, noise: DropoutNoise, x: torch.Tensor) -> torch.Tensor:
+def lora_forward(module: LoraLinear, peft_forward: Callable, read: AdapterInput, x: torch.Tensor) -> torch.Tensor:
     """What PEFT's own forward of a LoRA layer computes, by `LoRALinear`."""
     if module.disable_adapters or module.merged:
         return peft_forward(x)
@@ -1850,16 +1863,56 @@ def lora_forward(module: LoraLinear, peft_forward: Callable, noise: DropoutNoise
     share = getattr(module.lora_dropout["default"], "p", 0.0) if module.training else 0.0
     dropped = round(share * 2**16)
     scaling = module.scaling["default"] / (1 - dropped / 2**16)
-    base = module.base_layer
-    return LoRALinear.apply(x, base.weight, base.bias, a, b, scaling, noise(x) if dropped else None, dropped)
+    base, (dropout, rows) = module.base_layer, read(x, dropped)
+    return LoRALinear.apply(x, base.weight, base.bias, a, b, scaling, dropout.noise, dropped, rows)
 
 
-def speed_up_adapter(policy: PeftModel) -> None:
-    """Lets the LoRA layers of frozen linear ones be computed by `LoRALinear`; others stay as PEFT has them."""
-    noise = DropoutNoise()
+class SiluProduct(torch.autograd.Function):
+    """silu(gate) ∘ up, which keeps only these two."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+# Classes of transformers whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)).
+GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+
+
+def gated_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The same; the product, which down_proj's adapter would keep, is made again in the backward pass."""
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    product = SiluProduct.apply(gate, up)
+    place, factors, shape = product.data_ptr(), (gate.detach(), up.detach()), (-1, product.shape[-1])
+
+    def pack(kept: torch.Tensor) -> torch.Tensor | None:
+        return None if kept.data_ptr() == place else kept
+
+    def unpack(kept: torch.Tensor | None) -> torch.Tensor:
+        return F.silu(factors[0]).mul_(factors[1]).view(shape) if kept is None else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return mlp.down_proj(product)
+
+
+def speed_up_adapter(policy: PeftModel, checkpointed: bool) -> None:
+    """Lets the LoRA layers of frozen linear ones be computed by `LoRALinear`; others stay as PEFT has them.
+
+    Args:
+        checkpointed: whether whole layers are computed again in the backward pass, so that none need do it by itself.
+    """
+    read = AdapterInput()
     for module in policy.modules():
         if isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear:
-            module.forward = functools.partial(lora_forward, module, module.forward, noise)
+            module.forward = functools.partial(lora_forward, module, module.forward, read)
+        elif type(module).__name__ in GATED_MLPS and module.config.hidden_act == "silu" and not checkpointed:
+            module.forward = functools.partial(gated_forward, module)
 
 
 def model_inputs(
@@ -2709,8 +2762,8 @@ def memory_problem(args: ScriptArguments, what: str, device: torch.device, model
     """What to change when something does not fit, largest effect first, with the present values.
 
     Kept activations fill the memory: recomputed they are about a twentieth; in bf16 half, and the weights too; they
-    grow with the length; each adapted module keeps its input, once more where dropout changes it. The rank matters
-    least, and the prefix only where it is trained: elsewhere its pass keeps no activations.
+    grow with the length; adapted modules keep their input, and which of it dropout takes. The rank matters least, and
+    the prefix only where it is trained: elsewhere its pass keeps no activations.
     """
     halved = args.precision == "fp32" and precision_dtype("auto", device.type == "cuda") == torch.bfloat16
     lora = not args.trains_prefix
@@ -3694,7 +3747,7 @@ def build_policy(
     if args.trains_prefix:
         return add_soft_prompt(model, soft_prompt), soft_prompt, base_logps
     policy = add_adapter(model, args)
-    speed_up_adapter(policy)
+    speed_up_adapter(policy, args.gradient_checkpointing)
     return policy, soft_prompt, base_logps
 
 

@@ -154,8 +154,8 @@ def test_a_frozen_heads_logits_exist_once(model, tokenized, monkeypatch):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("adapter_on", [True, False])
-def test_lora_layers_compute_what_pefts_do(model, tokenized, training, adapter_on):
+@pytest.mark.parametrize(("adapter_on", "checkpointed"), [(True, True), (True, False), (False, False)])
+def test_lora_layers_compute_what_pefts_do(model, tokenized, training, adapter_on, checkpointed):
     """Log-probabilities and gradients, of a policy that is no longer its reference."""
     T.enable_packed_forward(model)
     policy = T.add_adapter(model, T.ScriptArguments(lora_r=4, lora_dropout=0.0)).train(training)
@@ -170,7 +170,7 @@ def test_lora_layers_compute_what_pefts_do(model, tokenized, training, adapter_o
         return logps, torch.autograd.grad(logps[:, 0].sum() - logps[:, 1].sum(), trained) if adapter_on else []
 
     logps, gradients = score()
-    T.speed_up_adapter(policy)
+    T.speed_up_adapter(policy, checkpointed)
     fast_logps, fast_gradients = score()
     torch.testing.assert_close(fast_logps, logps, **CLOSE)
     for fast, slow in zip(fast_gradients, gradients, strict=True):
@@ -188,9 +188,9 @@ def test_lora_dropout():
     lora = policy.base_model.model[0]
     nn.init.normal_(lora.lora_B["default"].weight)
     a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
-    noise, x = T.DropoutNoise(), torch.randn(1, 4000, 64, requires_grad=True)
-    output = T.lora_forward(lora.train(), None, noise, x)
-    kept = (noise.noise >= round(0.3 * 2**16) - 2**15).float()
+    read, x = T.AdapterInput(), torch.randn(1, 4000, 64, requires_grad=True)
+    output = T.lora_forward(lora.train(), None, read, x)
+    kept = (read.dropout.noise >= round(0.3 * 2**16) - 2**15).float()
     assert abs(kept.mean() - 0.7) < 0.005 and abs(kept.mean(0) - 0.7).max() < 0.04
     masked = x[0] * kept / 0.7
     expected = layer(x[0]) + 2 * masked @ a.T @ b.T
@@ -199,8 +199,8 @@ def test_lora_dropout():
     found = torch.autograd.grad((output[0] * weights).sum(), (x, a, b))
     for one, other in zip(found, torch.autograd.grad((expected * weights).sum(), (x, a, b)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
-    assert T.lora_forward(lora, None, noise, x).equal(output)  # another adapter that reads the same input
-    assert not T.lora_forward(lora, None, noise, x.clone()).equal(output)
+    assert T.lora_forward(lora, None, read, x).equal(output)  # another adapter that reads the same input
+    assert not T.lora_forward(lora, None, read, x.clone()).equal(output)
 
 
 def test_the_order_of_pairs_is_irrelevant(model, tokenized):
