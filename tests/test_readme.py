@@ -47,7 +47,12 @@ def test_defaults_in_the_table_are_the_launchers(name):
 def test_flags_exist(name):
     known = {f"--{field.name}" for field in T.dataclasses.fields(T.ScriptArguments)}
     foreign = {"--include", "--logdir", "--help"}
-    mentioned = {flag for piece in code(TEXT[name]) for flag in re.findall(r"--[a-z_]+", piece)}
+    pieces = code(TEXT[name])
+    benchmark = [piece for piece in pieces if "benchmark.py" in piece]
+    of_benchmark = {flag for piece in benchmark for flag in re.findall(r"--[a-z_]+", piece)}
+    source = (PROJECT / "tests" / "benchmark" / "benchmark.py").read_text(encoding="utf-8")
+    assert of_benchmark and all(f'add_argument("{flag}"' in source for flag in of_benchmark)
+    mentioned = {flag for piece in pieces if piece not in benchmark for flag in re.findall(r"--[a-z_]+", piece)}
     assert mentioned and mentioned <= known | foreign
 
 
@@ -59,6 +64,7 @@ def test_files_exist(name):
     paths = {path for piece in pieces for path in re.findall(pattern, piece)}
     paths |= set(re.findall(r"\]\(([^)]+\.md)\)", TEXT[name]))
     outputs = set(re.findall(pattern, TEXT[name].split("model_output/Preference_Guided_DPO/  ")[1].split("\n\n")[0]))
+    outputs |= {"pairs.jsonl", "result.json"}  # the user's
     missing = [p for p in paths - outputs if not p.startswith(made_by_a_run) and not (PROJECT / p).exists()]
     assert {"fast_train.sh", "tests/run.sh"} <= {path.removeprefix("./") for path in paths} and missing == []
 

@@ -197,8 +197,9 @@ def run_ours(side: str, work: dict[str, Any], turns: Turns) -> None:
         "policy_model_path": work["model"],
         "train_dataset_path": work["train"],
         "test_dataset_path": work["test"],
-        "output_dir": f"{work['folder']}/{side}",
-        "log_dir": f"{work['folder']}/{side}-logs",
+        "output_dir": f"{work['folder']}/{side}-{os.getpid()}",
+        "log_dir": f"{work['folder']}/{side}-{os.getpid()}-logs",
+        "reference_cache": f"{work['folder']}/cache",
         "alpha": OURS[side],
         "beta": BETA,
         "learning_rate": LEARNING_RATE,
@@ -470,8 +471,8 @@ def measure(work: dict[str, Any], rounds: int, repeats: int, sides: Sequence[str
             peaks[side] = max(peaks[side], said[-1]["peak_memory_bytes"])
             times = ", ".join(f"{update['seconds']:.2f}" for update in said)
             print(f"{side}: {times} s", file=sys.stderr, flush=True)
-            with Worker("rate", work) as worker:
-                rates.append(worker.turn("flops_per_second")["flops_per_second"])
+        with Worker("rate", work) as worker:
+            rates += [worker.turn("flops_per_second")["flops_per_second"] for _ in range(3)]
     tokens = tokens_of(work) / (WARM_UP + rounds)
     result: dict[str, Any] = {
         side: {
