@@ -38,6 +38,7 @@ import shlex
 import shutil
 import socket
 import sys
+import tempfile
 import time
 import uuid
 import warnings
@@ -3619,7 +3620,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.plan:
         check_locks(args)
         print(describe_plan(args, devices, reports), file=sys.stderr)
-        print(launch_settings(args, devices))
+        with writing(Path(tempfile.gettempdir())):  # where the launcher's file for them is
+            print(launch_settings(args, devices), flush=True)
         return
     train(args, devices, pairs, reports)
 
@@ -3636,55 +3638,28 @@ def train(
         model_path = resolve_model_path(args.policy_model_path)
     config, tokenizer = load_config_and_tokenizer(model_path, args.policy_model_path)
     prefix, start = choose_prefix(args, config, tokenizer)
-    tokenize = PairTokenizer(tokenizer, prefix, args.max_length, args.max_prompt_length)
-    datasets = {split: PairDataset(tokenize_pairs(pairs[split], reports[split], tokenize)) for split in pairs}
-    tokenized = [pair for dataset in datasets.values() for pair in dataset.pairs]
-    problems = vocabulary_problems(config, args.policy_model_path, tokenized) + context_problems(
-        config, args, prefix, tokenized
-    )
-    if problems:
-        raise InputError(*problems)
+    datasets = tokenize_datasets(args, config, tokenizer, prefix, pairs, reports)
     if is_main:
         print_data_report(reports, datasets, tokenizer)
     transformers.set_seed(args.seed)
     model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
     weights = weights_digest(model)
     cache = ReferenceCache(args.reference_cache_path, reference_identity(model, weights, hf_args.device))
-    fit, built = within_memory(
-        hf_args.device, lambda: build_policy(args, model.to(hf_args.device), start, datasets["train"])
-    )
-    if not fit:
-        raise InputError(memory_problem(args, "the model does not fit into memory", hf_args.device, model_alone=True))
-    policy, soft_prompt, base_logps = built
+    policy, soft_prompt, base_logps = build_policy_in_memory(args, model, hf_args.device, start, datasets["train"])
     used = fitting_settings(args, hf_args, policy, datasets["train"])
     if used.pairs_per_forward < args.pairs_per_forward:
         hf_args = training_arguments(used, devices.on_gpu)  # DeepSpeed's accumulation steps come from it
     if is_main:
-        settings = recorded_settings(args, devices)  # reads the input files, before anything is moved
-        settings["content"] |= {"the base model": weights, "what the tokenizer makes": tokens_digest(tokenized)}
-        with writing(args.output_path):
-            locks = [lock_folder("output_dir", args.output_path), lock_folder("log_dir", args.log_path)]
-            run, earlier = uuid.uuid4().hex, None
-            if args.resume:
-                require_same_settings(args, settings)
-                run = interrupted_settings(args).get("run", run)
-            else:
-                earlier = make_way(args)
-            write_json(args.output_path / RUN_SETTINGS, settings | {"run": run})  # makes the folder this run's
-            make_way_for_events(args.log_path, run)
+        tokens = tokens_digest(pair for dataset in datasets.values() for pair in dataset.pairs)
+        content = {"the base model": weights, "what the tokenizer makes": tokens}
+        locks, earlier = take_folders(args, devices, content)
     trainer = PreferenceGuidedDPOTrainer(
         policy, hf_args, used, datasets["train"], datasets["test"], tokenizer, base_logps, soft_prompt
     )
     trainer.add_callback(RunCallback(trainer, cache))
     trainer.add_callback(TagCallback(args.log_path, hyperparameters(args)))
     trainer.add_callback(LossProgressCallback)
-    checkpoint_path = newest_checkpoint(args.output_path) if args.resume else None
-    try:
-        with deepspeeds_own_classes():
-            trainer.train(resume_from_checkpoint=str(checkpoint_path) if checkpoint_path else None)
-    except UnpicklingError as error:
-        reason = "it is damaged or asks to run code, which is refused"
-        raise RankError(f"{checkpoint_path} cannot be read: {reason}. Remove it to resume from an older one") from error
+    train_from(trainer, newest_checkpoint(args.output_path) if args.resume else None)
     if is_main:
         with writing(args.output_path, args.output_path):
             save_run(trainer, args.output_path, reports)
@@ -3695,6 +3670,68 @@ def train(
             lock.close()
     trainer.accelerator.wait_for_everyone()
     trainer.end()
+
+
+def tokenize_datasets(
+    args: ScriptArguments,
+    config,
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: Prefix,
+    pairs: Mapping[str, list[Pair]],
+    reports: Mapping[str, DataReport],
+) -> dict[str, PairDataset]:
+    """The data sets, "train" and "test".
+
+    Raises:
+        InputError: no pair is left, or the model has no embedding or no room for some pair.
+    """
+    tokenize = PairTokenizer(tokenizer, prefix, args.max_length, args.max_prompt_length)
+    datasets = {split: PairDataset(tokenize_pairs(pairs[split], reports[split], tokenize)) for split in pairs}
+    tokenized = [pair for dataset in datasets.values() for pair in dataset.pairs]
+    problems = vocabulary_problems(config, args.policy_model_path, tokenized)
+    problems += context_problems(config, args, prefix, tokenized)
+    if problems:
+        raise InputError(*problems)
+    return datasets
+
+
+def take_folders(args: ScriptArguments, devices: Devices, content: Mapping[str, str]) -> tuple[list[Any], Path | None]:
+    """Makes the output and the log folder this run's: its locks, and where an earlier run's folder went.
+
+    Args:
+        content: digests of what a resumed run must share and only now is known.
+
+    Raises:
+        InputError: another run has them, or the run in them was made with other settings.
+        RankError: they cannot be written.
+    """
+    settings = recorded_settings(args, devices)  # reads the input files, before anything is moved
+    settings["content"] |= content
+    with writing(args.output_path):
+        locks = [lock_folder("output_dir", args.output_path), lock_folder("log_dir", args.log_path)]
+        run, earlier = uuid.uuid4().hex, None
+        if args.resume:
+            require_same_settings(args, settings)
+            run = interrupted_settings(args).get("run", run)
+        else:
+            earlier = make_way(args)
+        write_json(args.output_path / RUN_SETTINGS, settings | {"run": run})
+        make_way_for_events(args.log_path, run)
+    return locks, earlier
+
+
+def train_from(trainer: PreferenceGuidedDPOTrainer, checkpoint_path: Path | None) -> None:
+    """Trains to the end, from a checkpoint where there is one; no code in its files is run.
+
+    Raises:
+        RankError: a file of the checkpoint asks for that.
+    """
+    try:
+        with deepspeeds_own_classes():
+            trainer.train(resume_from_checkpoint=str(checkpoint_path) if checkpoint_path else None)
+    except UnpicklingError as error:
+        reason = "it is damaged or asks to run code, which is refused"
+        raise RankError(f"{checkpoint_path} cannot be read: {reason}. Remove it to resume from an older one") from error
 
 
 def choose_prefix(
@@ -3749,6 +3786,20 @@ def build_policy(
     policy = add_adapter(model, args)
     speed_up_adapter(policy, args.gradient_checkpointing)
     return policy, soft_prompt, base_logps
+
+
+def build_policy_in_memory(
+    args: ScriptArguments, model: PreTrainedModel, device: torch.device, start: Any, dataset: PairDataset
+) -> tuple[PeftModel, nn.Embedding | None, dict[str, torch.Tensor]]:
+    """`build_policy` with the model moved to its device.
+
+    Raises:
+        InputError: it does not fit there, on some rank.
+    """
+    fit, built = within_memory(device, lambda: build_policy(args, model.to(device), start, dataset))
+    if not fit:
+        raise InputError(memory_problem(args, "the model does not fit into memory", device, model_alone=True))
+    return built
 
 
 def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
