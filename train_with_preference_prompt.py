@@ -1858,9 +1858,9 @@ class AdapterInput:
 
 def lora_forward(module: LoraLinear, peft_forward: Callable, read: AdapterInput, x: torch.Tensor) -> torch.Tensor:
     """What PEFT's own forward of a LoRA layer computes, by `LoRALinear`."""
-    if module.disable_adapters or module.merged:
-        return peft_forward(x)
     a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    if module.disable_adapters or module.merged or a.dtype != x.dtype:
+        return peft_forward(x)
     share = getattr(module.lora_dropout["default"], "p", 0.0) if module.training else 0.0
     dropped = round(share * 2**16)
     scaling = module.scaling["default"] / (1 - dropped / 2**16)

@@ -104,6 +104,26 @@ def test_gradient_checkpointing_changes_no_gradient(model, tokenized):
         torch.testing.assert_close(parameter.grad, expected[name], **CLOSE)
 
 
+def test_checkpointed_layers_drop_the_same_entries(model, tokenized):
+    """What is computed again in the backward pass draws its dropout again, bit for bit."""
+    state = copy.deepcopy(model.state_dict())
+    found = []
+    for checkpointed in (False, True):
+        fresh = make_model(model.config.model_type, model.config.vocab_size)
+        fresh.load_state_dict(state)
+        T.enable_packed_forward(fresh)
+        torch.manual_seed(0)
+        policy = T.add_adapter(fresh, T.ScriptArguments(lora_dropout=0.3)).train()
+        T.speed_up_adapter(policy, checkpointed)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        for parameter in trained:
+            nn.init.normal_(parameter, std=0.05)
+        if checkpointed:
+            policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        found.append(torch.autograd.grad(T.policy_logps(policy, pack(tokenized))[:, 0].sum(), trained))
+    assert all(map(torch.equal, *found)) and max(gradient.abs().max() for gradient in found[0]) > 0.1
+
+
 def test_one_token_answers_have_empty_branches(model, tokenized):
     short = [T.dataclasses.replace(p, chosen_ids=p.chosen_ids[:1], rejected_ids=[5]) for p in tokenized]
     expected = padded_logps(model, short)
