@@ -24,6 +24,7 @@ import errno
 import fcntl
 import functools
 import gc
+import glob
 import hashlib
 import importlib.util
 import io
@@ -109,9 +110,9 @@ CACHE_FOLDER = "preference_guided_dpo"  # in the user's cache folder
 # What a run leaves in its folder; tokenizers write files of several names.
 RUN_FILES = (
     *(RUN_SETTINGS, MODEL_CARD, MERGED_WEIGHTS, MERGED_FOLDER, SOFT_PROMPT, TRAINER_STATE, "training_args.bin"),
-    *("checkpoint-*", "adapter_*", ".adapter", ".run_settings.json", ".README.md", "config.json"),
-    *("generation_config.json", "chat_template.jinja", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.*", "merges.txt", "spiece.model", "sentencepiece.*"),
+    *(ADAPTER_CONFIG, *ADAPTER_FILES, ".adapter", f".{RUN_SETTINGS}", f".{MODEL_CARD}", "config.json"),
+    *("generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
 )
 
 # metric → (tag on the training set, tag on the test set)
@@ -1499,11 +1500,11 @@ def load_config_and_tokenizer(path: str, named: str = ""):
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Identity of a model's weights: SHA-256 over names, shapes, dtypes and a hash of each row of numbers."""
+    """Identity of a model's weights, which lie in the machine's memory: SHA-256 of names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
-        rows = torch.hash_tensor(weight.detach(), dim=-1)
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + rows.cpu().numpy().tobytes())
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -1862,7 +1863,7 @@ def lora_forward(module: LoraLinear, peft_forward: Callable, read: AdapterInput,
     if module.disable_adapters or module.merged or a.dtype != x.dtype:
         return peft_forward(x)
     share = getattr(module.lora_dropout["default"], "p", 0.0) if module.training else 0.0
-    dropped = round(share * 2**16)
+    dropped = min(round(share * 2**16), 2**16 - 1)
     scaling = module.scaling["default"] / (1 - dropped / 2**16)
     base, (dropout, rows) = module.base_layer, read(x, dropped)
     return LoRALinear.apply(x, base.weight, base.bias, a, b, scaling, dropout.noise, dropped, rows)
@@ -2268,11 +2269,20 @@ def training_arguments(args: ScriptArguments, on_gpu: bool) -> TrainingArguments
     )
 
 
+def is_open(path: Path) -> bool:
+    """Whether a process, of those that this one may look at, has a file open."""
+    for link in glob.iglob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == str(path.resolve()):
+                return True
+    return False
+
+
 def load_cpu_communication() -> None:
     """Loads DeepSpeed's communication library of CPU ranks, which the first start compiles.
 
     PyTorch guards that by a file, for which every later start would wait for ever if the compiling one was killed.
-    Ours comes first and takes a real lock; under it such a file can only be left over.
+    Ours comes first and takes a real lock; under it, such a file that no process has open is left over.
     """
     from torch.utils.cpp_extension import _get_build_directory
 
@@ -2282,7 +2292,8 @@ def load_cpu_communication() -> None:
         folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
         with writing(folder), lock_of(folder).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            (folder / "lock").unlink(missing_ok=True)
+            if not is_open(folder / "lock"):
+                (folder / "lock").unlink(missing_ok=True)
             build_shm_op()
 
 
@@ -2452,7 +2463,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
 # ======================================================================================================================
 
 COMPARED_PAIRS = 2  # with the model's own forward passes
-CHECKED_PAIRS = 8  # in one packed row, with the base model; a user may pack more than memory holds
+CHECKED_PAIRS = 2  # in one packed row, with the base model; a user may pack more than memory holds
 SAMPLE_PROMPTS = 3
 SAMPLE_TOKENS = 64
 
@@ -3568,16 +3579,16 @@ def make_way_for_events(log_dir: Path, run: str) -> None:
     for folder in (log_dir / "runs").glob("*"):
         if owner(folder) == run:
             move(folder, log_dir)
-            folder.rmdir()
+            with contextlib.suppress(OSError):  # somebody has put something into it
+                folder.rmdir()
     log_dir.mkdir(parents=True, exist_ok=True)
     write_text(log_dir / RUN_ID, run)
 
 
 def remove_run(folder: Path) -> None:
     """Removes what a run of this program writes; what somebody else has put into its folder stays."""
-    for pattern in RUN_FILES:
-        for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in (*checkpoints(folder), *(folder / name for name in RUN_FILES)):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     left = sorted(path.name for path in folder.iterdir())
     if left:
         print(f"left in {folder}, not being of the run that was replaced: {shortened(', '.join(left))}", flush=True)

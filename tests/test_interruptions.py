@@ -165,7 +165,9 @@ def test_a_compilation_that_was_killed_does_not_stop_the_next_start(tiny_run, tm
     """PyTorch's own guard, a file, would be waited for by every later start, for ever."""
     finished(train({**tiny_run, "NUM_EPOCHS": "0.1"}, tmp_path))  # it is compiled by now
     left = Path(_get_build_directory("deepspeed_shm_comm", verbose=False), "lock")
-    left.touch()
+    with left.open("w"):
+        assert T.is_open(left)  # as while another program compiles
+    assert not T.is_open(left)
     try:
         finished(start({**tiny_run, "NUM_EPOCHS": "0.1"}, tmp_path).wait(timeout=60))
     finally:

@@ -373,12 +373,16 @@ def test_two_runs_that_share_a_log_folder_keep_their_events_apart(tmp_path):
 
 
 def test_what_somebody_else_put_into_a_replaced_run_stays(tmp_path, capsys):
-    fill(tmp_path / "run", {**FINISHED, "tokenizer.json": "{}", "notes.txt": "mine", "best/model.bin": "mine"})
+    mine = dict.fromkeys(("notes.txt", "adapter_v1/model.bin", "checkpoint-best/x.pt", "tokenizer_notes.md"), "mine")
+    fill(tmp_path / "run", {**FINISHED, "tokenizer.json": "{}", **mine})
     (tmp_path / "run/merged").mkdir()
     (tmp_path / "run/merged/tokenizer.json").symlink_to("../tokenizer.json")
     T.remove_run(tmp_path / "run")
-    assert snapshot(tmp_path) == below("run", {"notes.txt": "mine", "best/model.bin": "mine"}) | {"run": None}
-    assert "not being of the run that was replaced: best, notes.txt" in capsys.readouterr().out
+    assert snapshot(tmp_path) == below("run", mine) | {"run": None}
+    assert (
+        "not being of the run that was replaced: adapter_v1, checkpoint-best, notes.txt, tokenizer_notes.md"
+        in capsys.readouterr().out
+    )
     fill(tmp_path / "run2", FINISHED)
     T.remove_run(tmp_path / "run2")
     assert not (tmp_path / "run2").exists()

@@ -251,6 +251,7 @@ def run_trl(side: str, work: dict[str, Any], turns: Turns) -> None:
         max_length=work["max_length"],
         precompute_ref_log_probs=side == "trl_precomputed",
         gradient_checkpointing=False,
+        disable_dropout=False,
         use_cpu=not on_gpu,
         bf16=on_gpu,
         logging_steps=1,
@@ -554,7 +555,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4, help="pairs per forward and per update")
     parser.add_argument("--max_length", type=int, default=300)
     parser.add_argument("--lora_r", type=int, default=16)
-    parser.add_argument("--lora_dropout", type=float, default=0.1)
+    parser.add_argument("--lora_dropout", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=4, help="updates that count, each time a side has its turn")
     parser.add_argument("--repeats", type=int, default=2, help="how many turns each side has")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
