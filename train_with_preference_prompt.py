@@ -1551,8 +1551,8 @@ def local_config(path: str) -> Any | None:
     Raises:
         InputError: it is there and cannot be used.
     """
-    folder = expanded(path) if path else BUNDLED_MODEL_DIR
-    return load_config_and_tokenizer(str(folder), path)[0] if (folder / "config.json").is_file() else None
+    folder = os.path.expanduser(path) or str(BUNDLED_MODEL_DIR)  # as it was spelled, for errors
+    return load_config_and_tokenizer(folder, path)[0] if Path(folder, "config.json").is_file() else None
 
 
 def context_limits(config) -> dict[str, int]:

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -263,7 +264,8 @@ def test_a_signal_while_the_model_is_converted_leaves_no_half_model(tiny_run, bu
             shutil.copy(PROJECT / name, tmp_path / name)
     for name in ("requirements.txt", "requirements-bundled.txt"):
         shutil.copy(PROJECT / name, tmp_path / name)
-    variables = {**tiny_run, "POLICY_MODEL_PATH": ""}
+    own_python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # else the copy would set up its own
+    variables = {**tiny_run, "POLICY_MODEL_PATH": "", "PATH": own_python}
     with Launcher(variables, tmp_path, tmp_path / "fast_train.sh") as launcher:
         launcher.wait_for(lambda: "converting the bundled model" in launcher.said())
         time.sleep(random.Random(0).uniform(0, 8))
