@@ -841,6 +841,10 @@ class TokenizedPair:
         """The prompt of a condition: "base" is the plain one, "pref" the one with the prefix."""
         return {"base": self.prompt_ids, "pref": self.pref_prompt_ids}[condition]
 
+    def num_tokens(self, condition: str) -> int:
+        """Tokens of the pair's tree in a packed row: the prompt once, and each answer but its last token."""
+        return len(self.prompt(condition)) + len(self.chosen_ids) - 1 + len(self.rejected_ids) - 1
+
 
 class PairTokenizer:
     """Turns pairs into token ids: text is tokenised once, prompt and answer ids are concatenated afterwards.
@@ -2651,12 +2655,7 @@ def require_zero_rewards(trainer: PreferenceGuidedDPOTrainer, batch: Mapping[str
 
 def longest_pairs(args: ScriptArguments, dataset: PairDataset) -> list[tuple[int, int]]:
     """(place in the data set, tokens in the rows that a training step computes) of every pair, longest first."""
-
-    def tokens(pair: TokenizedPair) -> int:
-        rows = (pack_row([(pair.prompt(name), pair.chosen_ids, pair.rejected_ids)]) for name in args.conditions)
-        return sum(row.input_ids.numel() for row in rows)
-
-    lengths = [(index, tokens(pair)) for index, pair in enumerate(dataset.pairs)]
+    lengths = [(index, sum(map(pair.num_tokens, args.conditions))) for index, pair in enumerate(dataset.pairs)]
     return sorted(lengths, key=lambda place: -place[1])
 
 

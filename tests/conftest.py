@@ -161,6 +161,26 @@ def train(variables: dict[str, str], cwd: Path, program: Path = forkserver.PROGR
     return start(variables, cwd, program).wait()
 
 
+def two_ranks(program, variables, cwd):
+    """Exit status, stdout and stderr of each of two CPU ranks."""
+    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": "2"}
+    flags = [f"--{name.lower()}={value}" for name, value in {**variables, "CPU_RANKS": "2"}.items()]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(program), *flags],
+            cwd=cwd,
+            env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank, "DS_ACCELERATOR": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = [rank.communicate(timeout=300) for rank in ranks]
+    return [(rank.returncode, *streams) for rank, streams in zip(ranks, said, strict=True)]
+
+
 def output_of(cwd: Path) -> Path:
     return cwd / "model_output" / "Preference_Guided_DPO"
 

@@ -1,16 +1,12 @@
 """Around the updates: the self-checks pass on a sound run (test_trainer) and stop a broken one, which is shown here."""
 
-import os
-import socket
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PREFERENCE, PROJECT, ROWS, make_model, output_of, train
+from conftest import PREFERENCE, PROJECT, ROWS, make_model, output_of, train, two_ranks
 from test_forward import pack, soft_prompt_of, with_soft_prefix
 
 import train_with_preference_prompt as T
@@ -179,22 +175,9 @@ def test_the_pairs_that_are_not_finite_are_found_on_every_rank(tiny_run, tmp_pat
     if cores < 2:
         pytest.skip("two ranks need two cores")
     script = sabotaged(POISON.format(training=True, place=11, value="nan", gradient=False), tmp_path)
-    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
-    two = {"CPU_RANKS": "2", "GRADIENT_ACCUM_STEPS": "3", "REFERENCE_CACHE": "off"}
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": "2"}
-    flags = [f"--{n.lower()}={v}" for n, v in {**tiny_run, **two}.items()]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), *flags],
-            cwd=tmp_path,
-            env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank, "DS_ACCELERATOR": "cpu"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    (first, second) = (rank.communicate(timeout=300)[1] for rank in ranks)
-    assert [rank.returncode for rank in ranks] == [1, 1], first[-2000:] + second[-2000:]
+    variables = {**tiny_run, "GRADIENT_ACCUM_STEPS": "3", "REFERENCE_CACHE": "off"}
+    (status, _, first), (other_status, _, second) = two_ranks(script, variables, tmp_path)
+    assert (status, other_status) == (1, 1), first[-2000:] + second[-2000:]
     assert "loss/train is nan" in first and "it comes from row 12 of" in first and "error:" not in second
 
 

@@ -1,16 +1,12 @@
 """Memory: the longest batch is probed without a trace; what does not fit is lowered by all ranks, or is an error."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PREFERENCE, history, launch, make_model, output_of, series, train
+from conftest import PREFERENCE, history, launch, make_model, output_of, series, train, two_ranks
 from test_around import sabotaged
 from test_trainer import EXACT, adapter, assert_bit_equal, finished
 
@@ -255,26 +251,6 @@ def test_the_cpus_own_words_are_understood():
         torch.empty(2**60, dtype=torch.uint8)
     assert T.is_out_of_memory(caught.value)
     assert T.is_out_of_memory(torch.OutOfMemoryError("")) and not T.is_out_of_memory(RuntimeError("memory"))
-
-
-def two_ranks(program, variables, cwd):
-    """Exit status, stdout and stderr of each of two CPU ranks."""
-    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": "2"}
-    flags = [f"--{name.lower()}={value}" for name, value in {**variables, "CPU_RANKS": "2"}.items()]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(program), *flags],
-            cwd=cwd,
-            env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank, "DS_ACCELERATOR": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    said = [rank.communicate(timeout=300) for rank in ranks]
-    return [(rank.returncode, *streams) for rank, streams in zip(ranks, said, strict=True)]
 
 
 @pytest.mark.skipif(T.CORES < 2, reason="two ranks need two cores")

@@ -112,6 +112,18 @@ def choose_rows(rows: list[dict[str, str]], number: int) -> list[dict[str, str]]
     return (order * math.ceil(number / len(order)))[:number]
 
 
+def tokenized_pairs(work: dict[str, Any]) -> list:
+    """The training pairs as ours and the padded side see them."""
+    from transformers import AutoTokenizer
+
+    import train_with_preference_prompt as T
+
+    path, prefix = Path(work["train"]), T.Prefix(T.ScriptArguments().preference_text)
+    tokenizer = AutoTokenizer.from_pretrained(work["model"])
+    tokenize = T.PairTokenizer(tokenizer, prefix, work["max_length"], work["max_length"] - 1)
+    return T.tokenize_pairs(T.read_pairs(path)[0], T.DataReport(path), tokenize)
+
+
 # --- one side, in its own process
 
 
@@ -276,17 +288,10 @@ def run_padded(side: str, work: dict[str, Any], turns: Turns) -> None:
     import torch
     from peft import get_peft_model
     from torch.nn import functional as F
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import train_with_preference_prompt as T
+    from transformers import AutoModelForCausalLM
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(work["model"])
-    tokenize = T.PairTokenizer(
-        tokenizer, T.Prefix(T.ScriptArguments().preference_text), work["max_length"], work["max_length"] - 1
-    )
-    report = T.DataReport(Path(work["train"]))
-    pairs = T.tokenize_pairs(T.read_pairs(Path(work["train"]))[0], report, tokenize)
+    pairs = tokenized_pairs(work)
     base = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype).to(device)
     policy = get_peft_model(base, lora_config(work)).train()
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=LEARNING_RATE)
@@ -372,9 +377,7 @@ def needed_flops(work: dict[str, Any]) -> list[float]:
     along each path; and the scored tokens through the head.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    import train_with_preference_prompt as T
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(work["model"])
     with torch.device("meta"):
@@ -386,45 +389,27 @@ def needed_flops(work: dict[str, Any]) -> list[float]:
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = config.num_hidden_layers * config.num_attention_heads * head_size
 
-    def of_pair(prompt: int, chosen: int, rejected: int) -> tuple[float, float]:
-        """Forward without LoRA, and what LoRA adds to it."""
-        tokens = prompt + chosen - 1 + rejected - 1
+    def of_tree(prompt: int, chosen: int, rejected: int, trained: bool) -> float:
+        """Forward, and where it is trained backward: attention needs twice its forward, frozen weights once."""
         path, branch = prompt + chosen - 1, rejected - 1
         seen = path * (path + 1) / 2 + branch * prompt + branch * (branch + 1) / 2
-        forward = 2 * weights * tokens + 2 * head * (chosen + rejected) + 4 * attention * seen
-        return forward, 2 * lora * tokens
+        through_weights = 2 * weights * (path + branch) + 2 * head * (chosen + rejected)
+        passes = (2, 3, 3) if trained else (1, 1, 1)
+        parts = (through_weights, 4 * attention * seen, 2 * lora * (path + branch))
+        return sum(number * part for number, part in zip(passes, parts, strict=True))
 
-    tokenize = T.PairTokenizer(
-        AutoTokenizer.from_pretrained(work["model"]),
-        T.Prefix(T.ScriptArguments().preference_text),
-        work["max_length"],
-        work["max_length"] - 1,
-    )
-    report = T.DataReport(Path(work["train"]))
     flops = []
-    for pair in T.tokenize_pairs(T.read_pairs(Path(work["train"]))[0], report, tokenize):
+    for pair in tokenized_pairs(work):
         answers = len(pair.chosen_ids), len(pair.rejected_ids)
-        trained, teacher = of_pair(len(pair.prompt_ids), *answers), of_pair(len(pair.pref_prompt_ids), *answers)
-        attention_again = 0.0  # the backward pass of attention needs twice its forward, that of frozen weights once
-        path, branch = len(pair.prompt_ids) + answers[0] - 1, answers[1] - 1
-        seen = path * (path + 1) / 2 + branch * len(pair.prompt_ids) + branch * (branch + 1) / 2
-        attention_again = 4 * attention * seen
-        flops.append(2 * trained[0] + attention_again + 3 * trained[1] + sum(teacher))
+        teacher = of_tree(len(pair.pref_prompt_ids), *answers, trained=False)
+        flops.append(of_tree(len(pair.prompt_ids), *answers, trained=True) + teacher)
     size = work["pairs"]
     return [sum(flops[start : start + size]) for start in range(0, len(flops), size)]
 
 
 def tokens_of(work: dict[str, Any]) -> int:
     """Tokens of all plain prompts and answers, each prompt counted once."""
-    from transformers import AutoTokenizer
-
-    import train_with_preference_prompt as T
-
-    tokenizer = AutoTokenizer.from_pretrained(work["model"])
-    tokenize = T.PairTokenizer(tokenizer, T.Prefix(), work["max_length"], work["max_length"] - 1)
-    report = T.DataReport(Path(work["train"]))
-    pairs = T.tokenize_pairs(T.read_pairs(Path(work["train"]))[0], report, tokenize)
-    return sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
+    return sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in tokenized_pairs(work))
 
 
 # --- the sides in turn
