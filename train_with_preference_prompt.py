@@ -1090,15 +1090,17 @@ class PairDataset(Dataset):
 
     def __init__(self, pairs: Sequence[TokenizedPair]):
         self.pairs = list(pairs)
-        self.ref_logps = torch.full((len(self.pairs), 2), math.nan)  # (N, 2) chosen, rejected
-        self.ref_file: Path | None = None  # where they were read from, if they were
+        unknown = torch.full((len(self.pairs), 2), math.nan)  # (N, 2) chosen, rejected
+        self.ref_logps = {"base": unknown, "pref": unknown}
+        self.ref_files: dict[str, Path] = {}  # where they were read from, if they were
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, key: tuple[int, float]) -> dict[str, Any]:
         index, weight = key
-        return {"index": index, "pair": self.pairs[index], "ref_logps": self.ref_logps[index], "weight": weight}
+        ref_logps = {condition: logps[index] for condition, logps in self.ref_logps.items()}
+        return {"index": index, "pair": self.pairs[index], "ref_logps": ref_logps, "weight": weight}
 
 
 def collate_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -1108,7 +1110,8 @@ def collate_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "base": pack_row((pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs),
         "pref": pack_row((pair.pref_prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs),
         "lengths": torch.tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]),  # (P, 2) tokens
-        "ref_logps": torch.stack([item["ref_logps"] for item in items]),  # (P, 2)
+        "ref_logps": torch.stack([item["ref_logps"]["base"] for item in items]),  # (P, 2)
+        "ref_pref_logps": torch.stack([item["ref_logps"]["pref"] for item in items]),  # (P, 2)
         "weights": torch.tensor([item["weight"] for item in items]),  # (P,) 0 for a filler, else 1
         "indices": torch.tensor([item["index"] for item in items]),  # (P,) places in the data set
     }
@@ -1305,23 +1308,28 @@ def deepspeeds_own_classes() -> contextlib.AbstractContextManager:
 
 
 class ReferenceCache:
-    """The reference's log-probabilities on disk, a file for each model and data set; files are made by one rank alone.
+    """The reference's log-probabilities on disk; files are made by one rank alone.
+
+    There is one for each model, data set and condition: the plain one's serves runs with any prefix.
 
     Args:
         folder: where the files are; None keeps nothing.
         identity: all that changes the numbers but the pairs' token ids.
+        soft_prompt: digest of the embeddings that ids below 0 stand for, if any.
     """
 
     FORMAT = 1  # to be raised where this program scores differently, or writes other files
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, str]):
+    def __init__(self, folder: Path | None, identity: Mapping[str, str], soft_prompt: str = ""):
         self.folder, self.identity, self.writable = folder, identity, True
+        self.soft_prompt = {"pref": {"soft_prompt": soft_prompt} if soft_prompt else {}, "base": {}}
 
-    def file_of(self, pairs: Sequence[TokenizedPair]) -> Path | None:
-        """The file of a data set. The prefix is no part of its name: the reference does not see it."""
+    def file_of(self, pairs: Sequence[TokenizedPair], condition: str) -> Path | None:
+        """The file of a data set in a condition, "base" or "pref"."""
         if self.folder is None:
             return None
-        key = {**self.identity, "tokens": tokens_digest(pairs, ("base",)), "format": self.FORMAT}
+        tokens = tokens_digest(pairs, (condition,))
+        key = {**self.identity, **self.soft_prompt[condition], "tokens": tokens, "format": self.FORMAT}
         return self.folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.safetensors"
 
     @staticmethod
@@ -1503,12 +1511,12 @@ def load_config_and_tokenizer(path: str, named: str = ""):
     return config, tokenizer
 
 
-def weights_digest(model: PreTrainedModel) -> str:
-    """Identity of a model's weights, which lie in the machine's memory: SHA-256 of names, shapes, dtypes and bytes."""
+def weights_digest(model: nn.Module) -> str:
+    """Identity of a model's weights: SHA-256 of names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().reshape(-1).view(torch.uint8).numpy())
+        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -2312,14 +2320,21 @@ def score_pairs(
     settings: ScriptArguments, policy: PeftModel, model: nn.Module, batch: Mapping[str, Any], guided: bool
 ) -> dict[str, torch.Tensor]:
     """The loss and its metrics, each (P,), of a batch on the device; `model` is `policy`, or the engine around it."""
+    if settings.trains_prefix:
+        return loss_of(settings, batch, None, policy_logps(model, batch["pref"]))
+    teacher = teacher_logps(policy, batch["pref"]) if guided else None
+    return loss_of(settings, batch, policy_logps(model, batch["base"]), teacher)
+
+
+def loss_of(
+    settings: ScriptArguments, batch: Mapping[str, Any], plain: torch.Tensor | None, prefixed: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The mode's loss and its metrics, each (P,), from log-probabilities (P, 2) in the two conditions."""
     reference, lengths = batch["ref_logps"], batch["lengths"]
     kind = (settings.loss_type, settings.label_smoothing)
     if settings.trains_prefix:
-        prefixed = policy_logps(model, batch["pref"])
         return ptuning_loss(prefixed, reference, lengths, settings.beta, *kind)
-    teacher = teacher_logps(policy, batch["pref"]) if guided else None
-    plain_logps = policy_logps(model, batch["base"])
-    return preference_guided_loss(plain_logps, reference, teacher, lengths, settings.beta, settings.alpha, *kind)
+    return preference_guided_loss(plain, reference, prefixed, lengths, settings.beta, settings.alpha, *kind)
 
 
 class PreferenceGuidedDPOTrainer(Trainer):
@@ -2405,12 +2420,19 @@ class PreferenceGuidedDPOTrainer(Trainer):
         return (loss, metrics) if return_outputs else loss
 
     def evaluation_loop(self, dataloader, description, *args, **kwargs):
-        """Means over every pair of the test set, each counted once; the prefixed condition is always scored here."""
+        """Means over every pair of the test set, each counted once; the prefixed condition is always scored here.
+
+        Before the first update the policy is the reference, which has scored these pairs already.
+        """
         sums, self.callback_handler.eval_dataloader = MetricSums(), dataloader
         with inference(self.model):
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
-                sums.add(self.score(self.model, batch, guided=True), batch["weights"])
+                if self.state.global_step == 0:
+                    metrics = loss_of(self.settings, batch, batch["ref_logps"], batch["ref_pref_logps"])
+                else:
+                    metrics = self.score(self.model, batch, guided=True)
+                sums.add(metrics, batch["weights"])
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         means, pairs, _ = sums.means()
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=tagged(means, split=1), num_samples=int(pairs))
@@ -2473,7 +2495,7 @@ SAMPLE_TOKENS = 64
 
 
 def reference_scores(
-    trainer: PreferenceGuidedDPOTrainer, pairs: Sequence[TokenizedPair], name: str
+    trainer: PreferenceGuidedDPOTrainer, pairs: Sequence[TokenizedPair], condition: str, name: str
 ) -> Iterator[torch.Tensor]:
     """Scores pairs with the reference, each rank its share; yields (M, 2), NaN where not scored yet, now and then.
 
@@ -2484,9 +2506,9 @@ def reference_scores(
     loader, quiet = trainer.get_eval_dataloader(PairDataset(pairs)), not trainer.is_world_process_zero()
     every = max(8, math.ceil(len(loader) / 50))
     mine = torch.zeros(len(pairs), 3, device=trainer.args.device)  # chosen, rejected, 1 where scored
-    for number, batch in enumerate(tqdm(loader, desc=f"reference, {name} data", leave=False, disable=quiet), start=1):
+    for number, batch in enumerate(tqdm(loader, desc=f"reference, {name}", leave=False, disable=quiet), start=1):
         batch = trainer._prepare_inputs(batch)
-        logps = F.pad(reference_logps(trainer.model, batch["base"]), (0, 1), value=1.0)
+        logps = F.pad(reference_logps(trainer.model, batch[condition]), (0, 1), value=1.0)
         mine.index_add_(0, batch["indices"], logps * batch["weights"][:, None])
         if number % every == 0 or number == len(loader):
             scored = mine.clone()
@@ -2496,33 +2518,41 @@ def reference_scores(
 
 
 def fill_reference_logps(
-    trainer: PreferenceGuidedDPOTrainer, dataset: PairDataset, name: str, cache: ReferenceCache
+    trainer: PreferenceGuidedDPOTrainer, split: str, condition: str, cache: ReferenceCache
 ) -> None:
     """Gives every rank the reference's log-probabilities of all pairs; those that the cache lacks are computed.
+
+    Args:
+        split: "train" or "test".
+        condition: "base", or "pref" for the reference with the prefix.
 
     Raises:
         RunError: some are not finite; their rows are named.
     """
-    is_main, file = trainer.is_world_process_zero(), cache.file_of(dataset.pairs)
+    dataset = {"train": trainer.train_dataset, "test": trainer.eval_dataset}[split]
+    name = f"{split} data{' with the prefix' if condition == 'pref' else ''}"
+    is_main, file = trainer.is_world_process_zero(), cache.file_of(dataset.pairs, condition)
     logps = cache.read(file if is_main else None, len(dataset)).to(trainer.args.device)  # ranks may share no disk
     if trainer.args.world_size > 1:
         torch.distributed.broadcast(logps, src=0)
     missing = (~logps.isfinite()).any(dim=1).nonzero().flatten()
     known = len(dataset) - len(missing)
-    for scores in reference_scores(trainer, [dataset.pairs[index] for index in missing.tolist()], name):
+    for scores in reference_scores(trainer, [dataset.pairs[index] for index in missing.tolist()], condition, name):
         logps[missing] = scores
         if is_main:
             cache.write(file, logps.where(logps.isfinite().all(dim=1, keepdim=True), math.nan).cpu())
-    dataset.ref_logps, dataset.ref_file = logps.cpu(), file if known else None
-    broken = (~dataset.ref_logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    dataset.ref_logps[condition] = logps.cpu()
+    if known and file is not None:
+        dataset.ref_files[condition] = file
+    broken = (~logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if broken:
         rows = describe_rows([dataset.pairs[index].source.row for index in broken])
         raise RunError(
             f"the reference's log-probabilities are not finite for {rows} of "
-            f"{trainer.settings.dataset_paths[name]}; look at the pairs, or at the model's weights"
+            f"{trainer.settings.dataset_paths[split]}; look at the pairs, or at the model's weights"
         )
     if is_main:
-        print(f"reference log-probabilities, {name} data: {cache.describe(file, known, len(dataset))}", flush=True)
+        print(f"reference log-probabilities, {name}: {cache.describe(file, known, len(dataset))}", flush=True)
 
 
 def broken_pairs(trainer: PreferenceGuidedDPOTrainer, dataset: PairDataset, indices: Iterable[int]) -> list[int]:
@@ -2628,7 +2658,7 @@ def check_before_training(trainer: PreferenceGuidedDPOTrainer) -> None:
     reference = reference_logps(model, batch["base"])
     require_close("the reference (adapter off)", reference, "the base model", base_logps["base"], nats=1e-2)
     nats = rounding(model.get_base_model().dtype, dataset.pairs)
-    kept = f" (from {dataset.ref_file}: delete that file)" if dataset.ref_file else ""
+    kept = f" (from {dataset.ref_files['base']}: delete that file)" if dataset.ref_files else ""
     require_close(f"the reference pass{kept}", batch["ref_logps"], "the reference scored again", reference, nats)
     if trainer.state.global_step > 0:
         return
@@ -2865,16 +2895,15 @@ class RunCallback(TrainerCallback):
         state.compute_steps(args, state.max_steps)  # a checkpoint brings the EVAL_STEPS of the interrupted run
         if args.use_cpu:
             release_shared_memory(args.process_index)
-        fill_reference_logps(trainer, trainer.train_dataset, "train", self.cache)
-        fill_reference_logps(trainer, trainer.eval_dataset, "test", self.cache)
+        fill_reference_logps(trainer, "train", "base", self.cache)
+        fill_reference_logps(trainer, "test", "base", self.cache)
+        if args.eval_on_start:
+            fill_reference_logps(trainer, "test", "pref", self.cache)
         self.parameters_at_start = {}
         check_before_training(trainer)
         if state.global_step == 0:
             named = trainer.model.named_parameters()
             self.parameters_at_start = {name: p.detach().clone() for name, p in named if p.requires_grad}
-        if state.is_world_process_zero:
-            with trainer.model.disable_adapter():
-                self.answers_before = self.answers(self.prompt_at_start)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_start = time.perf_counter()
@@ -2895,7 +2924,9 @@ class RunCallback(TrainerCallback):
         self.trainer.log({PEAK_MEMORY: peak_memory(args.device)})
         if state.is_world_process_zero:
             prompts = [pair.source.prompt for pair in self.trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
-            answers = (*self.answers_before, *self.answers(self.trainer.soft_prompt))
+            with self.trainer.model.disable_adapter():  # again the model that it was
+                before = self.answers(self.prompt_at_start)
+            answers = (*before, *self.answers(self.trainer.soft_prompt))
             header = [f"{moment}{prefix}" for moment in ("before", "after") for prefix in ("", ", with the prefix")]
             self.trainer.log({SAMPLES_TAG: table(("prompt", *header), zip(prompts, *answers, strict=True))})
 
@@ -3654,8 +3685,9 @@ def train(
     transformers.set_seed(args.seed)
     model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
     weights = weights_digest(model)
-    cache = ReferenceCache(args.reference_cache_path, reference_identity(model, weights, hf_args.device))
+    identity = reference_identity(model, weights, hf_args.device)
     policy, soft_prompt, base_logps = build_policy_in_memory(args, model, hf_args.device, start, datasets["train"])
+    cache = ReferenceCache(args.reference_cache_path, identity, weights_digest(soft_prompt) if soft_prompt else "")
     used = fitting_settings(args, hf_args, policy, datasets["train"])
     if used.pairs_per_forward < args.pairs_per_forward:
         hf_args = training_arguments(used, devices.on_gpu)  # DeepSpeed's accumulation steps come from it

@@ -223,7 +223,7 @@ class BeforeTraining(SimpleNamespace):
         base_logps = {condition: T.teacher_logps(causal_lm, batch[condition]) for condition in ("base", "pref")}
         settings = T.ScriptArguments(training_mode=mode, beta=1.0)
         policy = T.add_soft_prompt(causal_lm, soft) if mode == "ptuning" else T.add_adapter(causal_lm, settings)
-        dataset.ref_logps = T.reference_logps(policy, T.first_batch(dataset, len(dataset))["base"])
+        dataset.ref_logps["base"] = T.reference_logps(policy, T.first_batch(dataset, len(dataset))["base"])
         super().__init__(model=policy, soft_prompt=soft, train_dataset=dataset, base_logps=base_logps)
         self.settings, self.state, self._prepare_inputs = settings, SimpleNamespace(global_step=0), dict
 
@@ -254,7 +254,7 @@ BROKEN = {
     ("ptuning", "another soft prompt"): (lambda t, patch: scale(t.soft_prompt.weight, 1.5), PREFIXED),
     ("ptuning", "no soft prompt"): (lambda t, patch: patch.setattr(T, "model_inputs", without_soft), PREFIXED),
     ("ptuning", "a frozen soft prompt"): (lambda t, patch: t.model.requires_grad_(False), "no parameter is trainable"),
-    ("ptuning", "a changed reference"): (lambda t, patch: scale(t.train_dataset.ref_logps, 1.1), PLAIN),
+    ("ptuning", "a changed reference"): (lambda t, patch: scale(t.train_dataset.ref_logps["base"], 1.1), PLAIN),
 }
 
 

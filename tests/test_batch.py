@@ -134,8 +134,10 @@ def dataset_of(count):
 
 def test_a_batch_has_both_conditions_and_a_row_per_pair():
     dataset = dataset_of(5)
-    assert len(dataset) == 5 and dataset.ref_logps.shape == (5, 2) and dataset.ref_logps.isnan().all()
-    dataset.ref_logps = torch.tensor([[-float(n), -10.0 - n] for n in range(5)])
+    assert len(dataset) == 5
+    assert all(logps.shape == (5, 2) and logps.isnan().all() for logps in dataset.ref_logps.values())
+    dataset.ref_logps["base"] = torch.tensor([[-float(n), -10.0 - n] for n in range(5)])
+    dataset.ref_logps["pref"] = dataset.ref_logps["base"] - 5
     batch = T.collate_pairs([dataset[(4, 1.0)], dataset[(1, 1.0)], dataset[(4, 0.0)]])
     # prompts of pairs 4 and 1 have two ids, chosen answers two, rejected answers one and two; the last is never read
     assert batch["base"].input_ids.tolist() == [[104, 104, 204, 101, 101, 201, 301, 104, 104, 204]]
@@ -143,6 +145,7 @@ def test_a_batch_has_both_conditions_and_a_row_per_pair():
     assert batch["base"].target_ids.tolist() == [204, 204, 304, 201, 201, 301, 301, 204, 204, 304]
     assert batch["pref"].target_ids.tolist() == batch["base"].target_ids.tolist()
     assert batch["ref_logps"].tolist() == [[-4.0, -14.0], [-1.0, -11.0], [-4.0, -14.0]]
+    assert batch["ref_pref_logps"].tolist() == [[-9.0, -19.0], [-6.0, -16.0], [-9.0, -19.0]]
     assert batch["weights"].tolist() == [1.0, 1.0, 0.0] and batch["weights"].dtype == torch.float32
     assert batch["indices"].tolist() == [4, 1, 4]
     assert len(batch["base"].trees) == len(batch["pref"].trees) == 3

@@ -29,7 +29,8 @@ def counted(model, row):
 T.reference_logps = counted
 """
 SELF_CHECK = [2]  # PAIRS_PER_FORWARD
-ALL = [2] * 6 + [2, 2, 1] + SELF_CHECK  # 12 training and 5 test pairs
+PREFIXED = [2, 2, 1]  # the test pairs with the prefix
+ALL = [2] * 6 + [2, 2, 1] + PREFIXED + SELF_CHECK  # 12 training and 5 test pairs
 SHORT = {"NUM_EPOCHS": "0.1", "EVAL_STEPS": "0"}
 
 
@@ -69,9 +70,14 @@ def copied(filled, tmp_path):
 
 
 def file_for(cache: Path, pairs: int) -> Path:
-    """The file of the data set with so many pairs."""
+    """The file of the only data set with so many pairs."""
     (found,) = (path for path in cache.iterdir() if len(load_file(path)["ref_logps"]) == pairs)
     return found
+
+
+def reports(said: str) -> dict[str, str]:
+    """Data set and condition → what was said of its log-probabilities."""
+    return dict(re.findall(r"^reference log-probabilities, (.*?): (.*)$", said, re.M))
 
 
 # --- whole runs
@@ -80,12 +86,13 @@ def file_for(cache: Path, pairs: int) -> Path:
 def test_a_run_from_the_cache_equals_the_one_that_filled_it(filled, tmp_path):
     forwards, said = counted_run(filled["variables"], tmp_path)
     assert forwards == SELF_CHECK
-    for split, pairs in (("train", 12), ("test", 5)):
-        file = file_for(filled["cache"], pairs)
-        size = f"{file.stat().st_size / 1024:.1f} KiB"
-        report = f"reference log-probabilities, {split} data: "
-        assert f"{report}0 of {pairs} pairs from {file} ({size}), {pairs} computed\n" in filled["said"]
-        assert f"{report}{pairs} of {pairs} pairs from {file} ({size})\n" in said
+    first, second, files = reports(filled["said"]), reports(said), set()
+    for name, pairs in {"train data": 12, "test data": 5, "test data with the prefix": 5}.items():
+        (file,) = re.findall(rf"^{pairs} of {pairs} pairs from (\S+) \([\d.]+ KiB\)$", second[name])
+        size = f"{Path(file).stat().st_size / 1024:.1f} KiB"
+        assert first[name] == f"0 of {pairs} pairs from {file} ({size}), {pairs} computed" and size in second[name]
+        files.add(Path(file))
+    assert files == set(files_in(filled["cache"])) and len(files) == len(first) == len(second) == 3
     assert logged(tmp_path) == logged(filled["cwd"])
     assert all(torch.equal(tensor, adapter(filled["cwd"])[name]) for name, tensor in adapter(tmp_path).items())
 
@@ -93,21 +100,54 @@ def test_a_run_from_the_cache_equals_the_one_that_filled_it(filled, tmp_path):
 def test_off_writes_nothing_and_gives_the_same_run(filled, tmp_path):
     default = f"T.CACHE_FOLDER = {str(tmp_path / 'default')!r}\n"
     forwards, said = counted_run({**filled["variables"], "REFERENCE_CACHE": "off"}, tmp_path, default)
-    assert forwards == ALL and "reference log-probabilities, train data: 12 computed, not kept\n" in said
+    assert forwards == ALL and reports(said)["train data"] == "12 computed, not kept"
     assert not (tmp_path / "default").exists() and not (tmp_path / "off").exists()
     assert logged(tmp_path) == logged(filled["cwd"])
     counted_run({**filled["variables"], **SHORT, "REFERENCE_CACHE": ""}, tmp_path, default)
-    assert len(files_in(tmp_path / "default")) == 2  # what is looked at is what an empty one means
+    assert len(files_in(tmp_path / "default")) == 3  # what is looked at is what an empty one means
 
 
 def test_runs_with_other_settings_share_it(copied, tmp_path):
     before = {path: path.read_bytes() for path in files_in(tmp_path / "cache")}
     changed = {"BETA": "0.3", "ALPHA": "0", "LEARNING_RATE": "1e-3", "LORA_R": "3", "LORA_TARGET_MODULES": "q_proj"}
-    changed |= {"PREFERENCE_TEXT": "Be brief.", "SEED": "7", "LOSS_TYPE": "hinge", "PAIRS_PER_FORWARD": "2", **SHORT}
+    changed |= {"SEED": "7", "LOSS_TYPE": "hinge", "PAIRS_PER_FORWARD": "2", **SHORT}
     assert counted_run({**copied, **changed}, tmp_path / "other")[0] == SELF_CHECK
-    changed = {"TRAINING_MODE": "ptuning", "NUM_VIRTUAL_TOKENS": "3", **SHORT}
-    assert counted_run({**copied, **changed}, tmp_path / "ptuning")[0] == SELF_CHECK
     assert {path: path.read_bytes() for path in files_in(tmp_path / "cache")} == before
+    for prefix in ({"PREFERENCE_TEXT": "Be brief."}, {"TRAINING_MODE": "ptuning", "NUM_VIRTUAL_TOKENS": "3"}):
+        assert counted_run({**copied, **SHORT, **prefix}, tmp_path / "prefix")[0] == PREFIXED + SELF_CHECK
+        assert counted_run({**copied, **SHORT, **prefix}, tmp_path / "again")[0] == SELF_CHECK
+    after = {path: path.read_bytes() for path in files_in(tmp_path / "cache")}
+    assert before.items() <= after.items() and len(after) == len(before) + 2
+
+
+BOTH_WAYS = """
+loop = T.PreferenceGuidedDPOTrainer.evaluation_loop
+def both(self, *args, **kwargs):
+    kept = loop(self, *args, **kwargs)
+    if self.state.global_step == 0:
+        self.state.global_step = 1
+        print("equal", kept.metrics == loop(self, *args, **kwargs).metrics, len(kept.metrics), flush=True)
+        self.state.global_step = 0
+    return kept
+T.PreferenceGuidedDPOTrainer.evaluation_loop = both
+"""
+
+
+@pytest.mark.parametrize("mode", ["text", "embedding", "ptuning"])
+def test_the_first_evaluation_is_what_the_policy_would_give(mode, copied, tmp_path):
+    soft_prompt = tmp_path / "soft.pt"
+    torch.save(torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), soft_prompt)
+    copied |= {"TRAINING_MODE": mode, "PROMPT_EMBEDDING_PATH": str(soft_prompt) if mode == "embedding" else "", **SHORT}
+    said = counted_run(copied, tmp_path / "run", BOTH_WAYS)[1]
+    assert re.findall(r"^equal (.*)$", said, re.M) == [f"True {len(T.TAGS)}"]
+
+
+def test_another_soft_prompt_of_the_same_size_is_scored_anew(copied, tmp_path):
+    soft_prompt, values = tmp_path / "soft.pt", torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    copied |= {"TRAINING_MODE": "embedding", "PROMPT_EMBEDDING_PATH": str(soft_prompt), **SHORT}
+    for factor, forwards in ((1, PREFIXED + SELF_CHECK), (1, SELF_CHECK), (2, PREFIXED + SELF_CHECK)):
+        torch.save(factor * values, soft_prompt)
+        assert counted_run(copied, tmp_path / "run")[0] == forwards
 
 
 def test_other_weights_in_the_same_folder_do_not(copied, tmp_path, tokenizer):
@@ -119,8 +159,8 @@ def test_other_weights_in_the_same_folder_do_not(copied, tmp_path, tokenizer):
     assert counted_run(copied, tmp_path / "run")[0] == ALL
     rows = [*ROWS[:5], {**ROWS[5], "rejected": "Nope."}]
     copied["TEST_DATASET_PATH"] = str(write_rows(tmp_path / "test.jsonl", rows))
-    assert counted_run(copied, tmp_path / "run")[0] == [2, 2, 2] + SELF_CHECK  # the training data are the same
-    assert len(files_in(tmp_path / "cache")) == 2 + 2 + 1
+    assert counted_run(copied, tmp_path / "run")[0] == [2, 2, 2] * 2 + SELF_CHECK  # the training data are the same
+    assert len(files_in(tmp_path / "cache")) == 3 + 3 + 2
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
@@ -140,7 +180,7 @@ T.reference_logps = ends
     (file,) = files_in(tmp_path / "cache")
     assert load_file(file)["ref_logps"].isfinite().sum(0).tolist() == [8, 8]  # kept each 8 forwards
     forwards, said = counted_run(short, tmp_path)
-    assert forwards == [1] * (4 + 5 + 1) and f"train data: 8 of 12 pairs from {file} " in said
+    assert forwards == [1] * (4 + 5 + 5 + 1) and f"train data: 8 of 12 pairs from {file} " in said
     whole = {**short, "REFERENCE_CACHE": str(tmp_path / "whole")}
     counted_run(whole, tmp_path)
     for path in files_in(tmp_path / "cache"):  # the same pairs in the same forwards
@@ -177,7 +217,7 @@ def test_a_folder_that_cannot_be_written_costs_a_notice(short, tmp_path):
     forwards, said = counted_run({**short, "REFERENCE_CACHE": ""}, tmp_path, default)
     assert forwards == ALL and said.count("notice: ") == 1
     assert re.search(rf"notice: {tmp_path}/file/cache/\S+ cannot be written \(Not a directory\); the run goes on", said)
-    assert "test data: 5 computed, not kept\n" in said
+    assert reports(said)["test data"] == "5 computed, not kept"
 
 
 def test_two_runs_at_once(short, tmp_path):
@@ -194,7 +234,7 @@ def test_two_runs_at_once(short, tmp_path):
     for run in runs:
         said, errors = run.communicate(timeout=200)
         assert run.returncode == 0 and "notice: " not in said, errors[-3000:]
-    assert [path.suffix for path in files_in(tmp_path / "cache")] == [".safetensors"] * 2
+    assert [path.suffix for path in files_in(tmp_path / "cache")] == [".safetensors"] * 3
     assert logged(tmp_path / "one") == logged(tmp_path / "two")
     assert counted_run(short, tmp_path)[0] == SELF_CHECK
 
@@ -211,7 +251,7 @@ def test_two_ranks_share_what_one_has_and_fill_what_is_missing(copied, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("reference log-probabilities, train data: ") == 1
     assert f"7 of 12 pairs from {file} " in result.stdout and "KiB), 5 computed" in result.stdout
-    assert "test data: 5 of 5 pairs from " in result.stdout and len(files_in(cache)) == 2
+    assert "test data: 5 of 5 pairs from " in result.stdout and len(files_in(cache)) == 3
     now, old = load_file(file)["ref_logps"], ~partial.isnan()
     assert torch.equal(now[old], whole[old]) and not torch.equal(now, partial)
     torch.testing.assert_close(now, whole, rtol=1e-5, atol=1e-4)
@@ -286,12 +326,13 @@ def test_what_changes_the_numbers_changes_the_key(tokenizer, tokenized, identity
     def fresh():
         return make_model("llama", len(tokenizer))
 
-    def name(identity, pairs=tokenized):
-        return T.ReferenceCache(Path("cache"), identity).file_of(pairs)
+    def name(identity, pairs=tokenized, condition="base", soft_prompt=""):
+        return T.ReferenceCache(Path("cache"), identity, soft_prompt).file_of(pairs, condition)
 
     replace = T.dataclasses.replace
     same = [name(identity), name(identity_of(fresh())), name(identity_of(reconfigured(fresh(), _name_or_path="/x")))]
-    same += [name(identity, [replace(pair, pref_prompt_ids=[-1]) for pair in tokenized])]
+    soft = [replace(pair, pref_prompt_ids=[-1]) for pair in tokenized]
+    same += [name(identity, soft, soft_prompt="1")]
     first, *rest = tokenized
     other = [
         name(identity_of(nudged(fresh()))),
@@ -306,6 +347,8 @@ def test_what_changes_the_numbers_changes_the_key(tokenizer, tokenized, identity
             for part in ("prompt_ids", "chosen_ids", "rejected_ids")
         ),
         *(name(identity | {library: "0.0"}) for library in ("torch", "transformers")),
+        name(identity, condition="pref"),
+        *(name(identity, soft, "pref", soft_prompt) for soft_prompt in "12"),
     ]
     monkeypatch.setattr(T.ReferenceCache, "FORMAT", 99)
     other.append(name(identity))
