@@ -53,9 +53,12 @@ from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import jinja2
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 import transformers
+from datasets import Dataset as ArrowDataset
+from datasets import config as datasets_config
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors import SafetensorError
@@ -846,6 +849,10 @@ class TokenizedPair:
         return len(self.prompt(condition)) + len(self.chosen_ids) - 1 + len(self.rejected_ids) - 1
 
 
+ID_FIELDS = ("prompt_ids", "pref_prompt_ids", "chosen_ids", "rejected_ids")
+MANY_PAIRS = 2000
+
+
 class PairTokenizer:
     """Turns pairs into token ids: text is tokenised once, prompt and answer ids are concatenated afterwards.
 
@@ -894,6 +901,22 @@ class PairTokenizer:
         report.truncated_prompts += prompt_cut
         report.truncated_answers += (len(chosen) > room) + (len(rejected) > room)
         return TokenizedPair(prompt_ids, pref_prompt_ids, chosen[:room], rejected[:room], pair)
+
+    def digest(self, pairs: Sequence[Pair]) -> str:
+        """SHA-256 of all that decides on the ids of these pairs, this program included."""
+        tokenizer = self.tokenizer
+        parts = (
+            self.prefix,
+            self.max_length,
+            self.max_prompt_length,
+            tokenizer.chat_template,
+            self.bos_ids,
+            self.end_id,
+        )
+        digest = hashlib.sha256(repr((type(tokenizer), transformers.__version__, parts, pairs)).encode())
+        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+        digest.update(Path(__file__).read_bytes())
+        return digest.hexdigest()
 
     def encode_answer(self, answer: str) -> list[int]:
         """Ids of an answer and exactly one end token; special tokens spelled out in the text stay ordinary text."""
@@ -985,15 +1008,55 @@ class PairTokenizer:
 
 
 def tokenize_pairs(pairs: Sequence[Pair], report: DataReport, tokenize: PairTokenizer) -> list[TokenizedPair]:
-    """Tokenises all pairs of a file.
+    """Tokenises all pairs of a file; from `MANY_PAIRS` on in several processes, and kept on disk.
 
     Raises:
         InputError: no pair is left.
     """
-    tokenized = [pair for pair in (tokenize(pair, report) for pair in pairs) if pair is not None]
+
+    def encode(row: Mapping[str, int]) -> dict[str, Any]:
+        """Token ids of a pair, and what is to be reported of it."""
+        of_row = DataReport(report.path)
+        ids = tokenize(pairs[row["index"]], of_row)
+        cut = {"prompts_cut": of_row.truncated_prompts, "answers_cut": of_row.truncated_answers}
+        return {name: getattr(ids, name, []) for name in ID_FIELDS} | cut | {"dropped": next(iter(of_row.dropped), "")}
+
+    rows = [{"index": index} for index in range(len(pairs))]
+    if len(pairs) < MANY_PAIRS:
+        encoded = map(encode, rows)
+    else:
+        encoded = kept_map(encode, rows, tokenize.digest(pairs), f"tokenising {report.path.name}")
+    tokenized = []
+    for pair, row in zip(pairs, encoded, strict=True):
+        report.truncated_prompts += row["prompts_cut"]
+        report.truncated_answers += row["answers_cut"]
+        if row["dropped"]:
+            report.drop(row["dropped"], pair.row)
+        else:
+            tokenized.append(TokenizedPair(*(row[name] for name in ID_FIELDS), source=pair))
     if not tokenized:
         raise InputError(f"data file {report.path}: none of its rows is usable: {report.describe_dropped()}")
     return tokenized
+
+
+def kept_map(function: Callable[[dict], dict], rows: list[dict], digest: str, name: str) -> Iterable[dict]:
+    """The function of each row, by as many processes as there are cores; `datasets` keeps it under the digest.
+
+    Args:
+        digest: of all that the results depend on.
+        name: what the progress bar says.
+    """
+    inputs = ArrowDataset.from_list(rows)
+    options = {"num_proc": CORES if CORES > 1 else None, "desc": name}
+    folder = Path(datasets_config.HF_DATASETS_CACHE, CACHE_FOLDER)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return inputs.map(function, **options, cache_file_name=str(folder / f"{digest}.arrow"))
+    except (OSError, pa.ArrowException) as error:
+        print(
+            f"notice: {folder} cannot keep the token ids ({shortened(str(error))}); the run goes on without", flush=True
+        )
+        return inputs.map(function, **options)
 
 
 def tokens_digest(pairs: Iterable[TokenizedPair], conditions: Sequence[str] = ("base", "pref")) -> str:
@@ -3679,7 +3742,8 @@ def train(
         model_path = resolve_model_path(args.policy_model_path)
     config, tokenizer = load_config_and_tokenizer(model_path, args.policy_model_path)
     prefix, start = choose_prefix(args, config, tokenizer)
-    datasets = tokenize_datasets(args, config, tokenizer, prefix, pairs, reports)
+    with hf_args.main_process_first():  # the others find what it keeps
+        datasets = tokenize_datasets(args, config, tokenizer, prefix, pairs, reports)
     if is_main:
         print_data_report(reports, datasets, tokenizer)
     transformers.set_seed(args.seed)

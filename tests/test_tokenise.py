@@ -493,6 +493,50 @@ def test_pairs_of_a_file(tokenizer, pairs, tokenize):
         T.tokenize_pairs([same], T.DataReport(Path("memory"), rows=1), tokenize)
 
 
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Where `datasets` keeps the ids of data sets of five pairs and more."""
+    monkeypatch.setattr(T, "MANY_PAIRS", 5)
+    monkeypatch.setattr(T.datasets_config, "HF_DATASETS_CACHE", tmp_path / "kept")
+    return tmp_path / "kept"
+
+
+def test_many_pairs_are_kept(kept, tokenizer, pairs, monkeypatch):
+    """They come out as they would one by one, without being tokenised a second time, for what decides on them only."""
+    same = pair(chosen="Four." + END, rejected="Four.", row=7)
+    tokenize = T.PairTokenizer(tokenizer, T.Prefix(PREFERENCE), max_length=24, max_prompt_length=20)
+    by_one = T.DataReport(Path("memory"), rows=7)
+    expected = [ids for ids in (tokenize(one, by_one) for one in [*pairs, same]) if ids]
+    assert by_one.dropped and by_one.truncated_answers and len(expected) >= 5
+
+    def again(limit, *others):
+        report = T.DataReport(Path("memory"), rows=7)
+        made = T.PairTokenizer(tokenizer, T.Prefix(PREFERENCE), max_length=limit, max_prompt_length=20)
+        return T.tokenize_pairs([*pairs, same, *others], report, made), report
+
+    assert again(24) == (expected, by_one)
+    files = sorted(kept.rglob("*.arrow"))
+    assert len(files) == T.CORES
+    with monkeypatch.context() as patch:
+        patch.setattr(T.PairTokenizer, "__call__", None)
+        assert again(24) == (expected, by_one)
+    assert again(25)[0] != expected and again(24, pair(row=8))[0][:-1] == expected
+    assert len(sorted(kept.rglob("*.arrow"))) == 3 * len(files)
+
+
+def test_a_folder_that_cannot_keep_them_costs_a_notice(kept, tokenizer, pairs, capsys):
+    kept.write_text("in the way")
+    tokenize = T.PairTokenizer(tokenizer, T.Prefix(PREFERENCE), max_length=24, max_prompt_length=20)
+    assert len(T.tokenize_pairs(pairs, T.DataReport(Path("memory")), tokenize)) == 6
+    assert capsys.readouterr().out.startswith(f"notice: {kept / T.CACHE_FOLDER} cannot keep the token ids (")
+
+
+def test_an_error_in_one_of_many_pairs_is_the_same(kept, tokenizer, pairs):
+    tokenize = T.PairTokenizer(tokenizer, T.Prefix(PREFERENCE), max_length=24, max_prompt_length=3)
+    with pytest.raises(T.InputError, match="MAX_PROMPT_LENGTH .* is 3, but the chat template alone"):
+        T.tokenize_pairs([pair(LONG, row=n) for n in range(9)], T.DataReport(Path("memory")), tokenize)
+
+
 # --- tokenizers that cannot be used
 
 
