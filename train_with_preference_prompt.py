@@ -2082,11 +2082,12 @@ def unpacked_logps(
     Raises:
         SelfCheckError: the model changes its logits after the output embeddings, which packed rows do not.
     """
-    input_ids = torch.tensor([prompt_ids + answer_ids], device=causal_lm.device)
-    with inference(causal_lm), text_attention(causal_lm):
+    input_ids, decoded = torch.tensor([prompt_ids + answer_ids], device=causal_lm.device), []
+    keep_output = causal_lm.get_decoder().register_forward_hook(lambda decoder, inputs, output: decoded.append(output))
+    with inference(causal_lm), text_attention(causal_lm), keep_output:
         inputs = model_inputs(causal_lm, input_ids, soft_prompt if min(prompt_ids) < 0 else None)
         logits = causal_lm(**inputs).logits[0, len(prompt_ids) - 1 : -1]  # (answer, V)
-        hidden = causal_lm.get_decoder()(**inputs).last_hidden_state[0, len(prompt_ids) - 1 : -1]
+        hidden = decoded[0].last_hidden_state[0, len(prompt_ids) - 1 : -1]
         own = causal_lm.get_output_embeddings()(hidden).float()
         if not torch.allclose(own, logits.float(), rtol=1e-2, atol=1e-2, equal_nan=True):
             raise SelfCheckError(f"{type(causal_lm).__name__} scales or caps its logits, which is not supported")
