@@ -1874,6 +1874,16 @@ class Dropout(NamedTuple):
     noise: torch.Tensor | None = None  # (T, C) int16; None drops nothing
     dropped: int = 0  # of the 2¹⁶ values
 
+    @classmethod
+    def drawn(cls, x: torch.Tensor, stock: nn.Module) -> "Dropout":
+        """For this input, with the share of PEFT's own dropout."""
+        share = getattr(stock, "p", 0.0) if stock.training else 0.0
+        if share == 0:
+            return cls()
+        words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
+        bits = words.random_(-(2**63), None).view(torch.int16)
+        return cls(bits[: x.numel()].view(-1, x.shape[-1]), min(round(share * 2**16), 2**16 - 1))
+
     def of(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows (T, C) with 0 where they are dropped; what is kept is not scaled."""
         return rows if self.noise is None else self.kept(rows.dtype).mul_(rows)
@@ -1886,62 +1896,72 @@ class Dropout(NamedTuple):
         return torch.ge(self.noise, self.dropped - 2**15, out=torch.empty_like(self.noise, dtype=dtype))
 
 
-class LoRALinear(torch.autograd.Function):
-    """x Wᵀ + b + s (x ∘ m) Aᵀ Bᵀ (LoRA, arXiv 2106.09685, eq. 3, with dropout m) for a frozen W.
+class LoRALinears(torch.autograd.Function):
+    """Of layers i that read the same x: x Wᵢᵀ + bᵢ + sᵢ (x ∘ m) Aᵢᵀ Bᵢᵀ for frozen Wᵢ (LoRA, arXiv 2106.09685, eq. 3).
 
-    In as few passes over memory as it takes: the products are added up where they are made, and what is kept for the
-    backward pass is x, which the adapters that read it share, and the narrow x Aᵀ.
+    In as few passes over memory as it takes: the Aᵢ are one product, so that the dropout m is drawn and applied once;
+    products are added up where they are made; kept for the backward pass are x and the narrow x Aᵀ.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scaling, noise, dropped, masked):
+    def forward(ctx, x, dropout, scalings, *parameters):
+        weights, biases, a, b = (parameters[kind::4] for kind in range(4))
+        ctx.dropped, ctx.scalings, ctx.ranks = dropout.dropped, scalings, list(map(len, a))
         rows = x.flatten(0, -2)  # (T, in)
-        narrow = masked @ a.T  # (T, r)
-        ctx.save_for_backward(rows, weight, a, b, narrow, noise)
-        ctx.scaling, ctx.dropped = scaling, dropped
-        output = F.linear(rows, weight, bias).addmm_(narrow, b.T, alpha=scaling)
-        return output.view(*x.shape[:-1], -1)
+        narrow = dropout.of(rows) @ torch.cat(a).T  # (T, sum of ranks)
+        ctx.save_for_backward(rows, narrow, dropout.noise, *parameters)
+        layers = zip(weights, biases, b, narrow.split(ctx.ranks, dim=1), scalings, strict=True)
+        outputs = (F.linear(rows, w, bias).addmm_(part, b.T, alpha=s) for w, bias, b, part, s in layers)
+        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
 
     @staticmethod
-    def backward(ctx, grad_output):
-        rows, weight, a, b, narrow, noise = ctx.saved_tensors
-        dropout, grad = Dropout(noise, ctx.dropped), grad_output.flatten(0, -2)  # (T, out)
-        grad_narrow = (grad @ b).mul_(ctx.scaling)
-        grad_a = grad_narrow.T @ dropout.of(rows)
-        grad_b = (grad.T @ narrow).mul_(ctx.scaling)
+    def backward(ctx, *grad_outputs):
+        rows, narrow, noise, *parameters = ctx.saved_tensors
+        weights, biases, a, b = (parameters[kind::4] for kind in range(4))
+        dropout, grads = Dropout(noise, ctx.dropped), [grad.flatten(0, -2) for grad in grad_outputs]  # (T, outᵢ)
+        layers = list(zip(grads, b, narrow.split(ctx.ranks, dim=1), ctx.scalings, strict=True))
+        grad_narrow = torch.cat([(grad @ b).mul_(s) for grad, b, _, s in layers], dim=1)  # (T, sum of ranks)
+        grad_a = (grad_narrow.T @ dropout.of(rows)).split(ctx.ranks)
+        grad_b = [(grad.T @ part).mul_(s) for grad, _, part, s in layers]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = dropout.of_(grad_narrow @ a).addmm_(grad, weight).view(*grad_output.shape[:-1], -1)
-        return grad_x, None, None, grad_a, grad_b, None, None, None, None
+            grad_x = dropout.of_(grad_narrow @ torch.cat(a))
+            for grad, w in zip(grads, weights, strict=True):
+                grad_x.addmm_(grad, w)
+            grad_x = grad_x.view(*grad_outputs[0].shape[:-1], -1)
+        of_layers = ((None, None, *of_layer) for of_layer in zip(grad_a, grad_b, strict=True))
+        return grad_x, None, None, *itertools.chain.from_iterable(of_layers)
 
 
-class AdapterInput:
-    """What the adapters that read the same tensor share: its dropout, drawn once, and the rows that it leaves."""
+class LoRAGroup:
+    """LoRA layers that read the same tensor; all are computed when the first of them is called."""
 
-    def __init__(self):
-        self.input = self.dropout = self.rows = None
+    def __init__(self, layers: Sequence[LoraLinear]):
+        self.layers, self.input, self.outputs = layers, None, {}
 
-    def __call__(self, x: torch.Tensor, dropped: int) -> tuple[Dropout, torch.Tensor]:
-        if x is not self.input:
-            self.input, self.dropout = x, Dropout()
-            if dropped:
-                words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
-                bits = words.random_(-(2**63), None).view(torch.int16)
-                self.dropout = Dropout(bits[: x.numel()].view(-1, x.shape[-1]), dropped)
-            self.rows = self.dropout.of(x.detach().flatten(0, -2))
-        return self.dropout, self.rows
+    def __call__(self, layer: LoraLinear, peft_forward: Callable, x: torch.Tensor) -> torch.Tensor:
+        """What PEFT's own forward of the layer computes."""
+        if layer.disable_adapters or layer.merged or layer.lora_A["default"].weight.dtype != x.dtype:
+            return peft_forward(x)
+        if x is not self.input or layer not in self.outputs:
+            self.input, self.outputs = x, dict(zip(self.layers, self.compute(x), strict=True))
+        output = self.outputs.pop(layer)
+        if not self.outputs:
+            self.input = None
+        return output
 
-
-def lora_forward(module: LoraLinear, peft_forward: Callable, read: AdapterInput, x: torch.Tensor) -> torch.Tensor:
-    """What PEFT's own forward of a LoRA layer computes, by `LoRALinear`."""
-    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-    if module.disable_adapters or module.merged or a.dtype != x.dtype:
-        return peft_forward(x)
-    share = getattr(module.lora_dropout["default"], "p", 0.0) if module.training else 0.0
-    dropped = min(round(share * 2**16), 2**16 - 1)
-    scaling = module.scaling["default"] / (1 - dropped / 2**16)
-    base, (dropout, rows) = module.base_layer, read(x, dropped)
-    return LoRALinear.apply(x, base.weight, base.bias, a, b, scaling, dropout.noise, dropped, rows)
+    def compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        dropout = Dropout.drawn(x, self.layers[0].lora_dropout["default"])
+        parameters = [
+            parameter
+            for layer in self.layers
+            for parameter in (
+                *(layer.base_layer.weight, layer.base_layer.bias),
+                *(layer.lora_A["default"].weight, layer.lora_B["default"].weight),
+            )
+        ]
+        scalings = [layer.scaling["default"] / (1 - dropout.dropped / 2**16) for layer in self.layers]
+        return LoRALinears.apply(x, dropout, scalings, *parameters)
 
 
 class SiluProduct(torch.autograd.Function):
@@ -1978,18 +1998,27 @@ def gated_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return mlp.down_proj(product)
 
 
+READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
 def speed_up_adapter(policy: PeftModel, checkpointed: bool) -> None:
-    """Lets the LoRA layers of frozen linear ones be computed by `LoRALinear`; others stay as PEFT has them.
+    """Lets the LoRA layers of frozen linear ones be computed by `LoRALinears`; others stay as PEFT has them.
 
     Args:
         checkpointed: whether whole layers are computed again in the backward pass, so that none need do it by itself.
     """
-    read = AdapterInput()
-    for module in policy.modules():
-        if isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear:
-            module.forward = functools.partial(lora_forward, module, module.forward, read)
-        elif type(module).__name__ in GATED_MLPS and module.config.hidden_act == "silu" and not checkpointed:
-            module.forward = functools.partial(gated_forward, module)
+    for parent in policy.modules():
+        layers = {
+            name: child
+            for name, child in parent.named_children()
+            if isinstance(child, LoraLinear) and type(child.base_layer) is nn.Linear
+        }
+        for names in (*READ_TOGETHER, *((name,) for name in layers)):
+            group = LoRAGroup([layers.pop(name) for name in names if name in layers])
+            for layer in group.layers:
+                layer.forward = functools.partial(group, layer, layer.forward)
+        if type(parent).__name__ in GATED_MLPS and parent.config.hidden_act == "silu" and not checkpointed:
+            parent.forward = functools.partial(gated_forward, parent)
 
 
 def model_inputs(

@@ -199,28 +199,36 @@ def test_lora_layers_compute_what_pefts_do(model, tokenized, training, adapter_o
         assert max(gradient.abs().max() for gradient in gradients) > 0.1
 
 
-def test_lora_dropout():
-    """The share asked for, the expectation kept, and the backward pass drops the same entries."""
+def test_lora_dropout(monkeypatch):
+    """The share asked for, the expectation kept, the same entries for all that read them, also in the backward pass."""
     torch.manual_seed(0)
-    layer = nn.Linear(64, 48)
-    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.3, target_modules=["0"])
-    policy = get_peft_model(nn.Sequential(layer), config)
-    lora = policy.base_model.model[0]
-    nn.init.normal_(lora.lora_B["default"].weight)
-    a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
-    read, x = T.AdapterInput(), torch.randn(1, 4000, 64, requires_grad=True)
-    output = T.lora_forward(lora.train(), None, read, x)
-    kept = (read.dropout.noise >= round(0.3 * 2**16) - 2**15).float()
+    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.3, target_modules=["wide", "narrow"])
+    stock = nn.ModuleDict({"wide": nn.Linear(64, 48), "narrow": nn.Linear(64, 8, bias=False)})
+    layers = list(get_peft_model(stock, config).train().base_model.model.values())
+    for layer in layers:
+        nn.init.normal_(layer.lora_B["default"].weight)
+    drawn, draw = [], T.Dropout.drawn
+    monkeypatch.setattr(T.Dropout, "drawn", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    group, x = T.LoRAGroup(layers), torch.randn(1, 4000, 64, requires_grad=True)
+    outputs = [group(layer, None, x) for layer in layers]
+    (dropout,) = drawn
+    kept = (dropout.noise >= round(0.3 * 2**16) - 2**15).float()
     assert abs(kept.mean() - 0.7) < 0.005 and abs(kept.mean(0) - 0.7).max() < 0.04
-    masked = x[0] * kept / 0.7
-    expected = layer(x[0]) + 2 * masked @ a.T @ b.T
-    torch.testing.assert_close(output[0], expected, rtol=1e-4, atol=1e-4)
-    weights = torch.randn_like(expected)
-    found = torch.autograd.grad((output[0] * weights).sum(), (x, a, b))
-    for one, other in zip(found, torch.autograd.grad((expected * weights).sum(), (x, a, b)), strict=True):
+    trained = [layer.get_parameter(f"lora_{part}.default.weight") for layer in layers for part in "AB"]
+    expected = [
+        layer.base_layer(x[0]) + 2 * (x[0] * kept / 0.7) @ a.T @ b.T
+        for layer, a, b in zip(layers, trained[::2], trained[1::2], strict=True)
+    ]
+    weights = [torch.randn_like(output) for output in expected]
+    found, wanted = (
+        torch.autograd.grad(sum((one * w).sum() for one, w in zip(ones, weights, strict=True)), (x, *trained))
+        for ones in ([output[0] for output in outputs], expected)
+    )
+    for one, other in zip((*(output[0] for output in outputs), *found), (*expected, *wanted), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
-    assert T.lora_forward(lora, None, read, x).equal(output)  # another adapter that reads the same input
-    assert not T.lora_forward(lora, None, read, x.clone()).equal(output)
+    again = [group(layer, None, x) for layer in layers]  # drawn anew
+    assert len(drawn) == 2 and not any(map(torch.equal, outputs, again))
+    assert not group.outputs and group.input is None
 
 
 def test_the_order_of_pairs_is_irrelevant(model, tokenized):
