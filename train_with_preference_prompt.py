@@ -1900,23 +1900,26 @@ class LoRALinears(torch.autograd.Function):
     """Of layers i that read the same x: x Wᵢᵀ + bᵢ + sᵢ (x ∘ m) Aᵢᵀ Bᵢᵀ for frozen Wᵢ (LoRA, arXiv 2106.09685, eq. 3).
 
     In as few passes over memory as it takes: the Aᵢ are one product, so that the dropout m is drawn and applied once;
-    products are added up where they are made; kept for the backward pass are x and the narrow x Aᵀ.
+    products are added up where they are made; kept for the backward pass are x, or what it is made of, and the narrow
+    x Aᵀ.
     """
 
     @staticmethod
-    def forward(ctx, x, dropout, scalings, *parameters):
+    def forward(ctx, x, source, dropout, scalings, *parameters):
         weights, biases, a, b = (parameters[kind::4] for kind in range(4))
         ctx.dropped, ctx.scalings, ctx.ranks = dropout.dropped, scalings, list(map(len, a))
         rows = x.flatten(0, -2)  # (T, in)
         narrow = dropout.of(rows) @ torch.cat(a).T  # (T, sum of ranks)
-        ctx.save_for_backward(rows, narrow, dropout.noise, *parameters)
+        ctx.make, kept = source or (torch.Tensor.detach, x)
+        ctx.save_for_backward(kept, narrow, dropout.noise, *parameters)
         layers = zip(weights, biases, b, narrow.split(ctx.ranks, dim=1), scalings, strict=True)
         outputs = (F.linear(rows, w, bias).addmm_(part, b.T, alpha=s) for w, bias, b, part, s in layers)
         return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        rows, narrow, noise, *parameters = ctx.saved_tensors
+        kept, narrow, noise, *parameters = ctx.saved_tensors
+        rows = ctx.make(kept).flatten(0, -2)  # (T, in)
         weights, biases, a, b = (parameters[kind::4] for kind in range(4))
         dropout, grads = Dropout(noise, ctx.dropped), [grad.flatten(0, -2) for grad in grad_outputs]  # (T, outᵢ)
         layers = list(zip(grads, b, narrow.split(ctx.ranks, dim=1), ctx.scalings, strict=True))
@@ -1930,7 +1933,7 @@ class LoRALinears(torch.autograd.Function):
                 grad_x.addmm_(grad, w)
             grad_x = grad_x.view(*grad_outputs[0].shape[:-1], -1)
         of_layers = ((None, None, *of_layer) for of_layer in zip(grad_a, grad_b, strict=True))
-        return grad_x, None, None, *itertools.chain.from_iterable(of_layers)
+        return grad_x, None, None, None, *itertools.chain.from_iterable(of_layers)
 
 
 class LoRAGroup:
@@ -1961,7 +1964,14 @@ class LoRAGroup:
             )
         ]
         scalings = [layer.scaling["default"] / (1 - dropout.dropped / 2**16) for layer in self.layers]
-        return LoRALinears.apply(x, dropout, scalings, *parameters)
+        return LoRALinears.apply(x, getattr(x, "source", None), dropout, scalings, *parameters)
+
+
+def norm_forward(stock_forward: Callable, x: torch.Tensor) -> torch.Tensor:
+    """A normalisation's own output, which a backward pass can make again from its input, kept anyway."""
+    output = stock_forward(x)
+    output.source = (stock_forward, x.detach())
+    return output
 
 
 class SiluProduct(torch.autograd.Function):
@@ -2017,8 +2027,12 @@ def speed_up_adapter(policy: PeftModel, checkpointed: bool) -> None:
             group = LoRAGroup([layers.pop(name) for name in names if name in layers])
             for layer in group.layers:
                 layer.forward = functools.partial(group, layer, layer.forward)
-        if type(parent).__name__ in GATED_MLPS and parent.config.hidden_act == "silu" and not checkpointed:
+        if checkpointed:
+            continue
+        if type(parent).__name__ in GATED_MLPS and parent.config.hidden_act == "silu":
             parent.forward = functools.partial(gated_forward, parent)
+        elif type(parent).__name__.endswith("Norm"):
+            parent.forward = functools.partial(norm_forward, parent.forward)
 
 
 def model_inputs(

@@ -1,6 +1,7 @@
 """Speed and memory of this trainer beside TRL's `DPOTrainer` and a padded computation, on the same work.
 
     python tests/benchmark/benchmark.py --data pairs.jsonl --json result.json
+    python tests/benchmark/benchmark.py --data pairs.jsonl --growth
 
 Every side trains the same model with the same LoRA settings on the same pairs, each alone and in a process of its own
 (so that its peak memory is its own); they take turns, and all of it is repeated. What is printed are medians over the
@@ -12,6 +13,9 @@ updates, and ratios between sides that are the medians of each update's own.
     plain             ours with ALPHA=0, the reference computed in each step
     plain_cached      ours with ALPHA=0
     guided            ours
+
+With --growth, only TRL's and ours, guided: how time and memory grow with pairs per forward, answer length (both answers
+near max_length) and vocabulary.
 """
 
 import argparse
@@ -83,6 +87,20 @@ def make_model(shape: str, rows: Sequence[dict[str, str]], folder: Path) -> None
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def widen_vocabulary(model: str, size: int, folder: Path) -> str:
+    """A folder with a model of the same sizes, but random weights and more tokens, which no text uses."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    if size < len(tokenizer):
+        raise SystemExit(f"--growth vocab_size={size}: the tokenizer of {model} has {len(tokenizer)} tokens")
+    config.vocab_size = size
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -485,6 +503,36 @@ def ratios(result: dict[str, Any], of: str, to: str) -> tuple[float, float]:
     return speed, result[of]["peak_memory_bytes"] / result[to]["peak_memory_bytes"]
 
 
+# What is varied → its values.
+GROWTH = {"pairs": [1, 2, 4, 8], "max_length": [150, 300, 600], "vocab_size": [49152, 100_000, 152_000]}
+GROWTH_SIDES = ("trl", "guided")
+
+
+def measure_growth(args: argparse.Namespace, folder: Path, varied: dict[str, list[int]]) -> dict[str, dict[int, Any]]:
+    """Name → value → the measurement of the sides with it; `max_length` with answers of that length."""
+    results: dict[str, dict[int, Any]] = {}
+    for name, values in varied.items():
+        print(f"\n{name:<12} {'side':<8} {'s/pair':>8} {'peak memory':>12}", flush=True)
+        for value in values:
+            (place := folder / f"{name}-{value}").mkdir()
+            work = prepare(args, place, {name: value, "long": args.long or name == "max_length"})
+            result = measure(work, args.rounds, args.repeats, GROWTH_SIDES)
+            results.setdefault(name, {})[value] = result
+            for side in GROWTH_SIDES:
+                of = result[side]
+                memory = f"{of['peak_memory_bytes'] / 2**20:,.0f} MiB"
+                print(f"{value:<12} {side:<8} {1 / of['pairs_per_second']:>8.2f} {memory:>12}", flush=True)
+    return results
+
+
+def varied(text: str) -> tuple[str, list[int]]:
+    """NAME=VALUE,VALUE,…"""
+    name, _, values = text.partition("=")
+    if name not in GROWTH:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be {', '.join(GROWTH)}, = and values")
+    return name, [int(value) for value in values.split(",")] if values else GROWTH[name]
+
+
 COMPARISONS = [
     ("plain", "trl"),
     ("plain_cached", "trl_precomputed"),
@@ -520,7 +568,9 @@ def prepare(args: argparse.Namespace, folder: Path, changes: dict[str, Any] | No
     model = T.resolve_model_path(args.model) if not args.shape else str(folder / "model")
     if args.shape and not (folder / "model").exists():
         make_model(args.shape, rows, folder / "model")
-    if given.get("long"):
+    if given.get("vocab_size"):
+        model = widen_vocabulary(model, given["vocab_size"], folder / "wide")
+    if given["long"]:
         rows = lengthen(rows, AutoTokenizer.from_pretrained(model), given["max_length"])
     rows = choose_rows(rows, (WARM_UP + args.rounds) * given["pairs"])
     for name, part in (("train", rows), ("test", rows[:1])):
@@ -545,6 +595,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="how many turns each side has")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--long", action="store_true", help="answers near max_length behind prompts of a third of it")
+    parser.add_argument(
+        "--growth", type=varied, nargs="*", metavar="NAME=VALUE,…", help=f"instead; {', '.join(GROWTH)}"
+    )
     parser.add_argument("--worker", choices=RUNNERS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -552,9 +605,12 @@ def main() -> None:
         RUNNERS[args.worker](args.worker, args.work, Turns())
         return
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        result = measure(prepare(args, Path(folder)), args.rounds, args.repeats, args.sides)
-    kind = "long answers" if args.long else args.data.name
-    show(f"{kind}, {args.pairs} pairs per forward, MAX_LENGTH {args.max_length}, LoRA r {args.lora_r}", result)
+        if args.growth is not None:
+            result = measure_growth(args, Path(folder), dict(args.growth) or GROWTH)
+        else:
+            result = measure(prepare(args, Path(folder)), args.rounds, args.repeats, args.sides)
+            kind = "long answers" if args.long else args.data.name
+            show(f"{kind}, {args.pairs} pairs per forward, MAX_LENGTH {args.max_length}, LoRA r {args.lora_r}", result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
