@@ -26,6 +26,7 @@ import functools
 import gc
 import glob
 import hashlib
+import heapq
 import importlib.util
 import io
 import itertools
@@ -1153,6 +1154,7 @@ class PairDataset(Dataset):
 
     def __init__(self, pairs: Sequence[TokenizedPair]):
         self.pairs = list(pairs)
+        self.lengths = [pair.num_tokens("pref") for pair in self.pairs]
         unknown = torch.full((len(self.pairs), 2), math.nan)  # (N, 2) chosen, rejected
         self.ref_logps = {"base": unknown, "pref": unknown}
         self.ref_files: dict[str, Path] = {}  # where they were read from, if they were
@@ -1183,11 +1185,12 @@ def collate_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 class PairSampler(Sampler):
     """Deals each update's pairs out to the ranks and into forwards; yields lists of (index, weight).
 
-    Every rank gets the same number of forwards, as collective communication needs it. Where an update's pairs do
-    not divide by the ranks, a filler of weight 0 takes the missing place, so no pair counts twice and none is lost.
+    An update's forwards get nearly the same number of tokens: the longest needs little more memory than the mean, and
+    no rank waits long for another. Every rank gets the same number of forwards, as collective communication needs it;
+    where there are fewer pairs than forwards, a filler of weight 0 makes one, so no pair counts twice and none is lost.
 
     Args:
-        num_pairs: pairs in the data set.
+        lengths: tokens of each pair of the data set.
         pairs_per_update: pairs per update and rank.
         pairs_per_forward: most pairs in one packed row.
         seed: of the order, which changes with the epoch; None keeps the data set's order.
@@ -1195,14 +1198,14 @@ class PairSampler(Sampler):
 
     def __init__(
         self,
-        num_pairs: int,
+        lengths: Sequence[int],
         pairs_per_update: int,
         pairs_per_forward: int,
         rank: int = 0,
         world_size: int = 1,
         seed: int | None = None,
     ):
-        self.num_pairs, self.pairs_per_forward, self.seed = num_pairs, pairs_per_forward, seed
+        self.lengths, self.pairs_per_forward, self.seed = lengths, pairs_per_forward, seed
         self.rank, self.world_size = rank, world_size
         self.update_size = pairs_per_update * world_size
         self.epoch = 0
@@ -1214,20 +1217,33 @@ class PairSampler(Sampler):
         return math.ceil(math.ceil(update_size / self.world_size) / self.pairs_per_forward)
 
     def __len__(self) -> int:
-        full, rest = divmod(self.num_pairs, self.update_size)
+        full, rest = divmod(len(self.lengths), self.update_size)
         return full * self._forwards_in(self.update_size) + self._forwards_in(rest)
 
-    def __iter__(self) -> Iterator[list[tuple[int, float]]]:
-        order = list(range(self.num_pairs))
+    def updates(self) -> Iterator[list[list[int]]]:
+        """Of each update of the epoch, the pairs of its forwards: of every rank the first, then the second, and so on.
+
+        Greedily, the longest pair first: each goes into the forward with the fewest tokens that has room.
+        """
+        order = list(range(len(self.lengths)))
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.num_pairs, generator=generator).tolist()
-        for start in range(0, self.num_pairs, self.update_size):
+            order = torch.randperm(len(order), generator=generator).tolist()
+        for start in range(0, len(order), self.update_size):
             update = order[start : start + self.update_size]
-            share = [(index, 1.0) for index in update[self.rank :: self.world_size]]
-            share += [(update[0], 0.0)] * (math.ceil(len(update) / self.world_size) - len(share))
-            for first in range(0, len(share), self.pairs_per_forward):
-                yield share[first : first + self.pairs_per_forward]
+            forwards: list[list[int]] = [[] for _ in range(self._forwards_in(len(update)) * self.world_size)]
+            lightest = [(0, place) for place in range(len(forwards))]  # a heap of (tokens, place)
+            for index in sorted(update, key=lambda pair: -self.lengths[pair]):
+                tokens, place = heapq.heappop(lightest)
+                forwards[place].append(index)
+                if len(forwards[place]) < self.pairs_per_forward:
+                    heapq.heappush(lightest, (tokens + self.lengths[index], place))
+            yield forwards
+
+    def __iter__(self) -> Iterator[list[tuple[int, float]]]:
+        for forwards in self.updates():
+            for forward in forwards[self.rank :: self.world_size]:
+                yield [(index, 1.0) for index in forward] or [(forwards[0][0], 0.0)]
 
 
 class PairLoader(DataLoader):
@@ -2485,7 +2501,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
 
     def pair_loader(self, dataset: PairDataset, pairs_per_update: int, seed: int | None = None) -> PairLoader:
         sampler = PairSampler(
-            len(dataset),
+            dataset.lengths,
             pairs_per_update,
             self.settings.pairs_per_forward,
             rank=self.args.process_index,
@@ -2790,10 +2806,20 @@ def require_zero_rewards(trainer: PreferenceGuidedDPOTrainer, batch: Mapping[str
         )
 
 
-def longest_pairs(args: ScriptArguments, dataset: PairDataset) -> list[tuple[int, int]]:
-    """(place in the data set, tokens in the rows that a training step computes) of every pair, longest first."""
-    lengths = [(index, sum(map(pair.num_tokens, args.conditions))) for index, pair in enumerate(dataset.pairs)]
-    return sorted(lengths, key=lambda place: -place[1])
+def largest_forward(args: ScriptArguments, dataset: PairDataset, ranks: int) -> list[int]:
+    """Places in the data set of the pairs of that forward of the training, of all ranks, which has the most tokens.
+
+    Among the first million pairs: so many can be dealt in a second or two.
+    """
+    sampler = PairSampler(
+        dataset.lengths, args.gradient_accum_steps, args.pairs_per_forward, world_size=ranks, seed=args.seed
+    )
+    largest: list[int] = []
+    for epoch in range(min(math.ceil(args.num_epochs), math.ceil(10**6 / len(dataset)))):
+        sampler.set_epoch(epoch)
+        forwards = itertools.chain([largest], *sampler.updates())
+        largest = max(forwards, key=lambda forward: sum(dataset.lengths[index] for index in forward))
+    return largest
 
 
 def engine_bytes(policy: PeftModel, zero: Mapping[str, Any]) -> int:
@@ -2882,28 +2908,26 @@ def fitting_settings(
     Raises:
         InputError: the longest pair alone does not fit.
     """
-    longest, ranks, lowered = longest_pairs(args, dataset), hf_args.world_size, args
     zero = hf_args.hf_deepspeed_config.config.get("zero_optimization", {})
-    reserved = engine_bytes(policy, zero)
-    size = min(args.pairs_per_forward, args.gradient_accum_steps, math.ceil(len(dataset) / ranks))
+    reserved, fitting = engine_bytes(policy, zero), args
     while True:
-        pairs = [dataset[index, 1.0] for index, _ in longest[:size]]
+        pairs = [dataset[index, 1.0] for index in largest_forward(fitting, dataset, hf_args.world_size)]
         fit, _ = within_memory(hf_args.device, functools.partial(probe, args, policy, pairs, reserved))
         if fit:
             break
-        if size == 1:
-            row, (_, tokens) = pairs[0]["pair"].source.row, longest[0]
-            where = f"row {row} of {args.dataset_paths['train']}, {tokens} tokens in the rows of a training step"
+        if len(pairs) == 1:
+            pair = pairs[0]["pair"]
+            tokens = sum(map(pair.num_tokens, args.conditions))
+            where = f"row {pair.source.row} of {args.dataset_paths['train']}, {tokens} tokens in the rows of a step"
             raise InputError(memory_problem(args, f"one pair does not fit into memory: {where}", hf_args.device))
-        size //= 2
-        lowered = dataclasses.replace(args, pairs_per_forward=size)
-    if lowered is not args and hf_args.process_index == 0:
+        fitting = dataclasses.replace(args, pairs_per_forward=len(pairs) // 2)
+    if fitting is not args and hf_args.process_index == 0:
         print(
-            f"PAIRS_PER_FORWARD lowered from {args.pairs_per_forward} to {size}: the longest batch did not fit into "
-            "memory; the update stays the same",
+            f"PAIRS_PER_FORWARD lowered from {args.pairs_per_forward} to {fitting.pairs_per_forward}: the longest "
+            "batch did not fit into memory; the update stays the same",
             flush=True,
         )
-    return lowered
+    return fitting
 
 
 def memory_problem(args: ScriptArguments, what: str, device: torch.device, model_alone: bool = False) -> str:

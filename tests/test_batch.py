@@ -162,11 +162,12 @@ COUNTS, UPDATES, FORWARDS, WORLDS = (
 DEALS = list(itertools.product(COUNTS, UPDATES, FORWARDS, WORLDS))
 
 
-def deal(count, per_update, per_forward, world, seed=None, epoch=0):
+def deal(count, per_update, per_forward, world, seed=None, epoch=0, lengths=None):
     """What each rank's sampler yields: rank → forwards → (index, weight)."""
+    lengths = [1 + index % 5 for index in range(count)] if lengths is None else lengths
     ranks = []
     for rank in range(world):
-        sampler = T.PairSampler(count, per_update, per_forward, rank, world, seed)
+        sampler = T.PairSampler(lengths, per_update, per_forward, rank, world, seed)
         sampler.set_epoch(epoch)
         ranks.append(list(sampler))
         assert len(sampler) == len(ranks[-1])
@@ -193,18 +194,18 @@ def test_every_pair_counts_exactly_once(seed):
         assert {weight for _, weight in items} <= {0.0, 1.0}, case
 
 
-def test_all_ranks_make_the_same_forwards():
+def test_all_ranks_make_as_many_forwards():
     for case in DEALS:
-        sizes = [[len(forward) for forward in rank] for rank in deal(*case)]
-        assert all(rank == sizes[0] for rank in sizes), case
-        assert 1 <= min(sizes[0]) and max(sizes[0]) <= case[2], case
+        ranks = deal(*case)
+        assert len({len(rank) for rank in ranks}) == 1, case
+        assert all(1 <= len(forward) <= case[2] for rank in ranks for forward in rank), case
 
 
 @pytest.mark.parametrize("seed", [None, 42])
 def test_an_update_holds_exactly_its_pairs(seed):
     for count, per_update, per_forward, world in DEALS:
         case, size = (count, per_update, per_forward, world), per_update * world
-        order = real(deal(count, count, count, 1, seed)[0])  # one rank, one update: the order itself
+        order = real(deal(count, 1, 1, 1, seed)[0])  # one pair in an update: the order itself
         ranks = deal(*case, seed=seed)
         updates = updates_of(ranks, per_update, per_forward)
         expected = [set(order[start : start + size]) for start in range(0, count, size)]
@@ -214,42 +215,58 @@ def test_an_update_holds_exactly_its_pairs(seed):
         assert len(ranks[0]) == full * math.ceil(per_update / per_forward) + last, case
 
 
-def test_fillers_weigh_nothing_and_only_fill_the_last_update():
+def test_fillers_weigh_nothing_and_make_a_forward_where_there_is_no_pair():
     for count, per_update, per_forward, world in DEALS:
         case = (count, per_update, per_forward, world)
-        updates = updates_of(deal(*case), per_update, per_forward)
-        fillers = [[index for forward in update for index, weight in forward if not weight] for update in updates]
-        rest = count % (per_update * world)
-        assert [len(found) for found in fillers] == [0] * (len(updates) - 1) + [-rest % world], case
-        assert set(fillers[-1]) <= set(real(updates[-1])), case
+        for update in updates_of(deal(*case), per_update, per_forward):
+            fillers = [forward for forward in update if any(weight == 0 for _, weight in forward)]
+            assert all(len(forward) == 1 for forward in fillers), case
+            assert len(fillers) == max(0, len(update) - len(real(update))), case
+            assert {forward[0][0] for forward in fillers} <= set(real(update)), case
 
 
-def test_without_a_seed_the_order_is_the_data_sets():
-    assert deal(7, 4, 2, 1) == [
-        [[(0, 1.0), (1, 1.0)], [(2, 1.0), (3, 1.0)], [(4, 1.0), (5, 1.0)], [(6, 1.0)]],
+def test_without_a_seed_the_updates_are_in_the_data_sets_order():
+    same = [1] * 7
+    assert deal(7, 4, 2, 1, lengths=same) == [
+        [[(0, 1.0), (2, 1.0)], [(1, 1.0), (3, 1.0)], [(4, 1.0), (6, 1.0)], [(5, 1.0)]],
     ]
     assert deal(7, 4, 2, 1, epoch=3) == deal(7, 4, 2, 1)
-    assert deal(7, 2, 2, 2) == [
+    assert deal(7, 2, 2, 2, lengths=same) == [
         [[(0, 1.0), (2, 1.0)], [(4, 1.0), (6, 1.0)]],
-        [[(1, 1.0), (3, 1.0)], [(5, 1.0), (4, 0.0)]],
+        [[(1, 1.0), (3, 1.0)], [(5, 1.0)]],
     ]
     assert deal(1, 2, 2, 3) == [[[(0, 1.0)]], [[(0, 0.0)]], [[(0, 0.0)]]]
 
 
-def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
-    orders = {(seed, epoch): real(deal(33, 8, 4, 1, seed, epoch)[0]) for seed in (1, 7, 42) for epoch in (0, 1, 2)}
+def test_forwards_of_an_update_have_nearly_the_same_number_of_tokens():
+    """Of 16 pairs, 4 in a forward, the longest apart from each other; on two ranks too."""
+    lengths = [100, 90, 80, 70, *range(12)]
+    for seed in (None, 1, 2):
+        for world in (1, 2):
+            ranks = deal(16, 16 // world, 4, world, seed, lengths=lengths)
+            tokens = [sum(lengths[index] for index, _ in forward) for rank in ranks for forward in rank]
+            assert len(tokens) == 4 and sum(tokens) == sum(lengths) and max(tokens) <= 105
+    rough = torch.randint(10, 300, (512,), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens = [sum(rough[index] for index, _ in forward) for forward in deal(512, 512, 4, 1, 0, lengths=rough)[0]]
+    assert len(tokens) == 128 and max(tokens) < 1.02 * sum(rough) / 128
+
+
+def test_the_updates_depend_on_seed_and_epoch_and_on_nothing_else():
+    orders = {(seed, epoch): real(deal(33, 1, 1, 1, seed, epoch)[0]) for seed in (1, 7, 42) for epoch in (0, 1, 2)}
     assert len({tuple(order) for order in orders.values()}) == len(orders)
     assert list(range(33)) not in orders.values()
     for (seed, epoch), order in orders.items():
-        assert all(real(deal(33, 8, per_forward, 1, seed, epoch)[0]) == order for per_forward in (1, 3, 8, 64))
         torch.manual_seed(epoch)  # the global generator plays no part
-        assert real(deal(33, 5, 4, 1, seed, epoch)[0]) == order
-        ranks = deal(33, 1, 1, 3, seed, epoch)  # one pair per rank and update: the ranks take turns
+        expected = [sorted(order[start : start + 8]) for start in range(0, 33, 8)]
+        for per_forward, lengths in itertools.product((1, 3, 8, 64), ([1] * 33, range(33))):
+            updates = updates_of(deal(33, 8, per_forward, 1, seed, epoch, lengths), 8, per_forward)
+            assert [sorted(real(update)) for update in updates] == expected
+        ranks = deal(33, 1, 1, 3, seed, epoch, [1] * 33)  # one pair per rank and update: the ranks take turns
         assert [real([forward])[0] for turn in zip(*ranks, strict=True) for forward in turn] == order
 
 
 def test_each_epoch_begins_anew():
-    sampler = T.PairSampler(12, 4, 4, seed=42)
+    sampler = T.PairSampler([1] * 12, 4, 4, seed=42)
     first = list(sampler)
     assert list(sampler) == first
     sampler.set_epoch(1)
@@ -266,11 +283,12 @@ def test_the_same_pairs_make_an_update_on_any_number_of_ranks(world):
 
 
 def test_the_loader_packs_what_the_sampler_deals():
-    sampler = T.PairSampler(7, 4, 2, rank=1, world_size=2, seed=42)
-    loader = T.PairLoader(dataset_of(7), sampler)
+    dataset = dataset_of(7)
+    sampler = T.PairSampler(dataset.lengths, 4, 2, rank=1, world_size=2, seed=42)
+    loader = T.PairLoader(dataset, sampler)
     for epoch in (0, 1):
         loader.set_epoch(epoch)
-        dealt = deal(7, 4, 2, 2, seed=42, epoch=epoch)[1]
+        dealt = deal(7, 4, 2, 2, seed=42, epoch=epoch, lengths=dataset.lengths)[1]
         batches = list(loader)
         assert len(loader) == len(batches) == len(dealt) == 2
         for batch, items in zip(batches, dealt, strict=True):

@@ -1,6 +1,7 @@
 """Memory: the longest batch is probed without a trace; what does not fit is lowered by all ranks, or is an error."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -73,18 +74,25 @@ def policy_and_batch(tokenizer, tokenized, **settings):
     return args, policy, T.PairDataset(tokenized)
 
 
-@pytest.mark.parametrize("settings", [{}, {"alpha": 0.0}, {"training_mode": "ptuning"}])
-def test_the_longest_pairs_come_first(settings, tokenized):
-    """By the rows of what the mode scores: 17 letters of prefix more or less would not change their order."""
-    args, dataset = T.ScriptArguments(**settings), T.PairDataset(tokenized)
-    found = T.longest_pairs(args, dataset)
-    rows = {
-        name: [T.collate_pairs([dataset[i, 1.0]])[name].input_ids.numel() for i in range(6)]
-        for name in ("base", "pref")
-    }
-    expected = [sum(rows[name][i] for name in args.conditions) for i in range(6)]
-    assert [tokens for _, tokens in found] == sorted(expected, reverse=True)
-    assert [expected[index] for index, _ in found] == sorted(expected, reverse=True) and found[0][0] != 0
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("epochs", [0.1, 3])
+def test_the_largest_forward_is_that_of_the_run(epochs, ranks, tokenized):
+    args = T.ScriptArguments(num_epochs=epochs, gradient_accum_steps=2, pairs_per_forward=2, seed=3)
+    dataset, tokens = T.PairDataset(tokenized), {}
+    for rank in range(ranks):
+        loader = T.PairLoader(dataset, T.PairSampler(dataset.lengths, 2, 2, rank, ranks, seed=3))
+        for epoch in range(math.ceil(epochs)):
+            loader.set_epoch(epoch)
+            for batch in loader:
+                if batch["weights"].all():
+                    tokens[tuple(batch["indices"].tolist())] = batch["pref"].input_ids.numel()
+    assert tokens[tuple(T.largest_forward(args, dataset, ranks))] == max(tokens.values())
+    assert len(set(tokens.values())) > 1
+
+
+def test_a_million_epochs_are_not_all_dealt(tokenized):
+    args = T.ScriptArguments(num_epochs=10**6, gradient_accum_steps=6, pairs_per_forward=6)
+    assert len(T.largest_forward(args, T.PairDataset(tokenized * 1000), 1)) == 6
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
