@@ -19,6 +19,7 @@ near max_length) and vocabulary.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -464,9 +465,9 @@ class Worker:
         return self.answer(*names)
 
 
-def measure(work: dict[str, Any], rounds: int, repeats: int, sides: Sequence[str] = SIDES) -> dict[str, Any]:
-    """Medians over the updates: side → pairs and tokens per second and peak memory; the limit and its share."""
-    seconds, peaks, rates = {side: [] for side in sides}, dict.fromkeys(sides, 0), []
+def measure(work: dict[str, Any], rounds: int, repeats: int, sides: Sequence[str]) -> dict[str, Any]:
+    """Medians over the updates: side → pairs and tokens per second and peak memory."""
+    seconds, peaks = {side: [] for side in sides}, dict.fromkeys(sides, 0)
     for _ in range(repeats):
         for side in sides:
             with Worker(side, work) as worker:
@@ -475,10 +476,8 @@ def measure(work: dict[str, Any], rounds: int, repeats: int, sides: Sequence[str
             peaks[side] = max(peaks[side], said[-1]["peak_memory_bytes"])
             times = ", ".join(f"{update['seconds']:.2f}" for update in said)
             print(f"{side}: {times} s", file=sys.stderr, flush=True)
-        with Worker("rate", work) as worker:
-            rates += [worker.turn("flops_per_second")["flops_per_second"] for _ in range(3)]
     tokens = tokens_of(work) / (WARM_UP + rounds)
-    result: dict[str, Any] = {
+    return {
         side: {
             "pairs_per_second": work["pairs"] / statistics.median(seconds[side]),
             "tokens_per_second": tokens / statistics.median(seconds[side]),
@@ -487,13 +486,15 @@ def measure(work: dict[str, Any], rounds: int, repeats: int, sides: Sequence[str
         }
         for side in sides
     }
-    result["flops_per_second"] = statistics.median(rates)
-    if "guided" in sides:
-        flops = needed_flops(work)[WARM_UP:] * repeats
-        limits = (f / result["flops_per_second"] for f in flops)
-        shares = [limit / spent for limit, spent in zip(limits, seconds["guided"], strict=True)]
-        result["limit_share"] = statistics.median(shares)
-    return result
+
+
+def measure_limit(work: dict[str, Any], seconds: Sequence[float]) -> dict[str, float]:
+    """The rate of large matrix products, and which share of it the guided updates of these seconds make use of."""
+    with Worker("rate", work) as worker:
+        rate = statistics.median(worker.turn("flops_per_second")["flops_per_second"] for _ in range(5))
+    needed = itertools.cycle(needed_flops(work)[WARM_UP:])  # the same updates in each turn
+    shares = [flops / rate / spent for flops, spent in zip(needed, seconds, strict=False)]
+    return {"flops_per_second": rate, "limit_share": statistics.median(shares)}
 
 
 def ratios(result: dict[str, Any], of: str, to: str) -> tuple[float, float]:
@@ -608,7 +609,9 @@ def main() -> None:
         if args.growth is not None:
             result = measure_growth(args, Path(folder), dict(args.growth) or GROWTH)
         else:
-            result = measure(prepare(args, Path(folder)), args.rounds, args.repeats, args.sides)
+            result = measure(work := prepare(args, Path(folder)), args.rounds, args.repeats, args.sides)
+            if "guided" in args.sides:
+                result |= measure_limit(work, result["guided"]["seconds"])
             kind = "long answers" if args.long else args.data.name
             show(f"{kind}, {args.pairs} pairs per forward, MAX_LENGTH {args.max_length}, LoRA r {args.lora_r}", result)
     if args.json:
