@@ -55,10 +55,12 @@ from typing import Any, NamedTuple
 
 import jinja2
 import pyarrow as pa
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
 from datasets import Dataset as ArrowDataset
+from datasets import Features, List, Value
 from datasets import config as datasets_config
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
@@ -852,6 +854,11 @@ class TokenizedPair:
 
 ID_FIELDS = ("prompt_ids", "pref_prompt_ids", "chosen_ids", "rejected_ids")
 MANY_PAIRS = 2000
+ENCODED = Features(
+    {name: List(Value("int64")) for name in ID_FIELDS}
+    | {name: Value("int64") for name in ("prompts_cut", "answers_cut")}
+    | {"dropped": Value("string")}
+)
 
 
 class PairTokenizer:
@@ -905,16 +912,10 @@ class PairTokenizer:
 
     def digest(self, pairs: Sequence[Pair]) -> str:
         """SHA-256 of all that decides on the ids of these pairs, this program included."""
-        tokenizer = self.tokenizer
-        parts = (
-            self.prefix,
-            self.max_length,
-            self.max_prompt_length,
-            tokenizer.chat_template,
-            self.bos_ids,
-            self.end_id,
-        )
-        digest = hashlib.sha256(repr((type(tokenizer), transformers.__version__, parts, pairs)).encode())
+        tokenizer, libraries = self.tokenizer, (transformers.__version__, tokenizers.__version__)
+        own = {name: value for name, value in vars(self).items() if name not in ("tokenizer", "guide")}
+        named = (type(tokenizer), tokenizer.special_tokens_map, tokenizer.split_special_tokens, tokenizer.chat_template)
+        digest = hashlib.sha256(repr((libraries, own, named, pairs)).encode())
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
         digest.update(Path(__file__).read_bytes())
         return digest.hexdigest()
@@ -1015,18 +1016,18 @@ def tokenize_pairs(pairs: Sequence[Pair], report: DataReport, tokenize: PairToke
         InputError: no pair is left.
     """
 
-    def encode(row: Mapping[str, int]) -> dict[str, Any]:
+    def encode(row: Mapping[str, str]) -> dict[str, Any]:
         """Token ids of a pair, and what is to be reported of it."""
         of_row = DataReport(report.path)
-        ids = tokenize(pairs[row["index"]], of_row)
+        ids = tokenize(Pair(*json.loads(row["pair"])), of_row)
         cut = {"prompts_cut": of_row.truncated_prompts, "answers_cut": of_row.truncated_answers}
         return {name: getattr(ids, name, []) for name in ID_FIELDS} | cut | {"dropped": next(iter(of_row.dropped), "")}
 
-    rows = [{"index": index} for index in range(len(pairs))]
+    rows = [{"pair": json.dumps(dataclasses.astuple(pair))} for pair in pairs]
     if len(pairs) < MANY_PAIRS:
         encoded = map(encode, rows)
     else:
-        encoded = kept_map(encode, rows, tokenize.digest(pairs), f"tokenising {report.path.name}")
+        encoded = kept_map(encode, rows, ENCODED, tokenize.digest(pairs), f"tokenising {report.path.name}")
     tokenized = []
     for pair, row in zip(pairs, encoded, strict=True):
         report.truncated_prompts += row["prompts_cut"]
@@ -1040,24 +1041,28 @@ def tokenize_pairs(pairs: Sequence[Pair], report: DataReport, tokenize: PairToke
     return tokenized
 
 
-def kept_map(function: Callable[[dict], dict], rows: list[dict], digest: str, name: str) -> Iterable[dict]:
+def kept_map(
+    function: Callable[[dict], dict], rows: list[dict], features: Features, digest: str, name: str
+) -> Iterable[dict]:
     """The function of each row, by as many processes as there are cores; `datasets` keeps it under the digest.
 
     Args:
+        features: the columns that the function gives.
         digest: of all that the results depend on.
         name: what the progress bar says.
     """
     inputs = ArrowDataset.from_list(rows)
-    options = {"num_proc": CORES if CORES > 1 else None, "desc": name}
+    options = {"num_proc": CORES if CORES > 1 else None, "desc": name, "new_fingerprint": digest[:32]}
+    run = functools.partial(inputs.map, function, features=features, remove_columns=inputs.column_names, **options)
     folder = Path(datasets_config.HF_DATASETS_CACHE, CACHE_FOLDER)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return inputs.map(function, **options, cache_file_name=str(folder / f"{digest}.arrow"))
+        return run(cache_file_name=str(folder / f"{digest}.arrow"))
     except (OSError, pa.ArrowException) as error:
         print(
             f"notice: {folder} cannot keep the token ids ({shortened(str(error))}); the run goes on without", flush=True
         )
-        return inputs.map(function, **options)
+        return run()
 
 
 def tokens_digest(pairs: Iterable[TokenizedPair], conditions: Sequence[str] = ("base", "pref")) -> str:
@@ -1916,28 +1921,23 @@ class LoRALinears(torch.autograd.Function):
     """Of layers i that read the same x: x Wᵢᵀ + bᵢ + sᵢ (x ∘ m) Aᵢᵀ Bᵢᵀ for frozen Wᵢ (LoRA, arXiv 2106.09685, eq. 3).
 
     In as few passes over memory as it takes: the Aᵢ are one product, so that the dropout m is drawn and applied once;
-    products are added up where they are made; kept for the backward pass are x, or what it is made of, and the narrow
-    x Aᵀ.
+    products are added up where they are made; kept for the backward pass are x and the narrow x Aᵀ.
     """
 
     @staticmethod
-    def forward(ctx, x, source, dropout, scalings, *parameters):
+    def forward(ctx, rows, dropout, scalings, *parameters):  # (T, in)
         weights, biases, a, b = (parameters[kind::4] for kind in range(4))
         ctx.dropped, ctx.scalings, ctx.ranks = dropout.dropped, scalings, list(map(len, a))
-        rows = x.flatten(0, -2)  # (T, in)
         narrow = dropout.of(rows) @ torch.cat(a).T  # (T, sum of ranks)
-        ctx.make, kept = source or (torch.Tensor.detach, x)
-        ctx.save_for_backward(kept, narrow, dropout.noise, *parameters)
+        ctx.save_for_backward(rows, narrow, dropout.noise, *parameters)
         layers = zip(weights, biases, b, narrow.split(ctx.ranks, dim=1), scalings, strict=True)
-        outputs = (F.linear(rows, w, bias).addmm_(part, b.T, alpha=s) for w, bias, b, part, s in layers)
-        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+        return tuple(F.linear(rows, w, bias).addmm_(part, b.T, alpha=s) for w, bias, b, part, s in layers)
 
     @staticmethod
-    def backward(ctx, *grad_outputs):
-        kept, narrow, noise, *parameters = ctx.saved_tensors
-        rows = ctx.make(kept).flatten(0, -2)  # (T, in)
+    def backward(ctx, *grads):  # (T, outᵢ)
+        rows, narrow, noise, *parameters = ctx.saved_tensors
         weights, biases, a, b = (parameters[kind::4] for kind in range(4))
-        dropout, grads = Dropout(noise, ctx.dropped), [grad.flatten(0, -2) for grad in grad_outputs]  # (T, outᵢ)
+        dropout = Dropout(noise, ctx.dropped)
         layers = list(zip(grads, b, narrow.split(ctx.ranks, dim=1), ctx.scalings, strict=True))
         grad_narrow = torch.cat([(grad @ b).mul_(s) for grad, b, _, s in layers], dim=1)  # (T, sum of ranks)
         grad_a = (grad_narrow.T @ dropout.of(rows)).split(ctx.ranks)
@@ -1947,9 +1947,8 @@ class LoRALinears(torch.autograd.Function):
             grad_x = dropout.of_(grad_narrow @ torch.cat(a))
             for grad, w in zip(grads, weights, strict=True):
                 grad_x.addmm_(grad, w)
-            grad_x = grad_x.view(*grad_outputs[0].shape[:-1], -1)
         of_layers = ((None, None, *of_layer) for of_layer in zip(grad_a, grad_b, strict=True))
-        return grad_x, None, None, None, *itertools.chain.from_iterable(of_layers)
+        return grad_x, None, None, *itertools.chain.from_iterable(of_layers)
 
 
 class LoRAGroup:
@@ -1969,7 +1968,7 @@ class LoRAGroup:
             self.input = None
         return output
 
-    def compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def compute(self, x: torch.Tensor) -> list[torch.Tensor]:
         dropout = Dropout.drawn(x, self.layers[0].lora_dropout["default"])
         parameters = [
             parameter
@@ -1980,14 +1979,8 @@ class LoRAGroup:
             )
         ]
         scalings = [layer.scaling["default"] / (1 - dropout.dropped / 2**16) for layer in self.layers]
-        return LoRALinears.apply(x, getattr(x, "source", None), dropout, scalings, *parameters)
-
-
-def norm_forward(stock_forward: Callable, x: torch.Tensor) -> torch.Tensor:
-    """A normalisation's own output, which a backward pass can make again from its input, kept anyway."""
-    output = stock_forward(x)
-    output.source = (stock_forward, x.detach())
-    return output
+        outputs = LoRALinears.apply(x.flatten(0, -2), dropout, scalings, *parameters)
+        return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 
 class SiluProduct(torch.autograd.Function):
@@ -2043,12 +2036,8 @@ def speed_up_adapter(policy: PeftModel, checkpointed: bool) -> None:
             group = LoRAGroup([layers.pop(name) for name in names if name in layers])
             for layer in group.layers:
                 layer.forward = functools.partial(group, layer, layer.forward)
-        if checkpointed:
-            continue
-        if type(parent).__name__ in GATED_MLPS and parent.config.hidden_act == "silu":
+        if type(parent).__name__ in GATED_MLPS and parent.config.hidden_act == "silu" and not checkpointed:
             parent.forward = functools.partial(gated_forward, parent)
-        elif type(parent).__name__.endswith("Norm"):
-            parent.forward = functools.partial(norm_forward, parent.forward)
 
 
 def model_inputs(
@@ -2910,20 +2899,22 @@ def fitting_settings(
     """
     zero = hf_args.hf_deepspeed_config.config.get("zero_optimization", {})
     reserved, fitting = engine_bytes(policy, zero), args
+    size = min(args.pairs_per_forward, args.gradient_accum_steps, math.ceil(len(dataset) / hf_args.world_size))
     while True:
         pairs = [dataset[index, 1.0] for index in largest_forward(fitting, dataset, hf_args.world_size)]
         fit, _ = within_memory(hf_args.device, functools.partial(probe, args, policy, pairs, reserved))
         if fit:
             break
-        if len(pairs) == 1:
+        if size == 1:
             pair = pairs[0]["pair"]
             tokens = sum(map(pair.num_tokens, args.conditions))
             where = f"row {pair.source.row} of {args.dataset_paths['train']}, {tokens} tokens in the rows of a step"
             raise InputError(memory_problem(args, f"one pair does not fit into memory: {where}", hf_args.device))
-        fitting = dataclasses.replace(args, pairs_per_forward=len(pairs) // 2)
+        size //= 2
+        fitting = dataclasses.replace(args, pairs_per_forward=size)
     if fitting is not args and hf_args.process_index == 0:
         print(
-            f"PAIRS_PER_FORWARD lowered from {args.pairs_per_forward} to {fitting.pairs_per_forward}: the longest "
+            f"PAIRS_PER_FORWARD lowered from {args.pairs_per_forward} to {size}: the longest "
             "batch did not fit into memory; the update stays the same",
             flush=True,
         )

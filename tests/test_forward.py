@@ -226,6 +226,7 @@ def test_lora_dropout(monkeypatch):
     )
     for one, other in zip((*(output[0] for output in outputs), *found), (*expected, *wanted), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    outputs[0].clamp_(-1, 1)  # as some models do
     again = [group(layer, None, x) for layer in layers]  # drawn anew
     assert len(drawn) == 2 and not any(map(torch.equal, outputs, again))
     assert not group.outputs and group.input is None

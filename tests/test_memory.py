@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,18 @@ def test_the_largest_forward_is_that_of_the_run(epochs, ranks, tokenized):
                     tokens[tuple(batch["indices"].tolist())] = batch["pref"].input_ids.numel()
     assert tokens[tuple(T.largest_forward(args, dataset, ranks))] == max(tokens.values())
     assert len(set(tokens.values())) > 1
+
+
+def test_what_was_set_is_halved(tokenizer, tokenized, monkeypatch):
+    """Not the number of pairs in the largest forward, which may have the fewest."""
+    args, policy, dataset = policy_and_batch(tokenizer, tokenized, pairs_per_forward=5)
+    tried, devices = [], {"world_size": 1, "device": torch.device("cpu"), "process_index": 0}
+    hf_args = SimpleNamespace(hf_deepspeed_config=SimpleNamespace(config={}), **devices)
+    monkeypatch.setattr(T, "largest_forward", lambda args, *others: tried.append(args.pairs_per_forward) or [0, 1])
+    monkeypatch.setattr(T, "within_memory", lambda device, step: (False, None))
+    with pytest.raises(T.InputError, match="one pair does not fit"):
+        T.fitting_settings(args, hf_args, policy, dataset)
+    assert tried == [5, 2, 1]
 
 
 def test_a_million_epochs_are_not_all_dealt(tokenized):

@@ -524,6 +524,31 @@ def test_many_pairs_are_kept(kept, tokenizer, pairs, monkeypatch):
     assert len(sorted(kept.rglob("*.arrow"))) == 3 * len(files)
 
 
+def test_pairs_that_are_all_dropped_have_columns_too(kept, tokenizer):
+    """`datasets` would take the kind of a column from the first thousand."""
+    same = [pair(chosen="Four." + END, rejected="Four.", row=row) for row in range(1, 2003)]
+    tokenize, report = T.PairTokenizer(tokenizer, T.Prefix(PREFERENCE), 24, 20), T.DataReport(Path("memory"), rows=2003)
+    (one,) = T.tokenize_pairs([*same, pair(row=2003)], report, tokenize)
+    assert (one.source.row, report.usable) == (2003, 1)
+
+
+def test_what_decides_on_the_ids_decides_on_the_digest(tokenizer, pairs):
+    def digest(change=lambda tokenizer: None, prefix=PREFERENCE, of=pairs):
+        changed = copy.deepcopy(tokenizer)
+        change(changed)
+        return T.PairTokenizer(changed, T.Prefix(prefix), 24, 20).digest(of)
+
+    changes = [
+        lambda t: setattr(t, "bos_token", "<|im_start|>"),
+        lambda t: setattr(t, "split_special_tokens", True),
+        lambda t: setattr(t, "chat_template", t.chat_template + "{# #}"),
+        lambda t: t.add_tokens(["xyz"]),
+    ]
+    assert digest() == digest()
+    found = [digest(), *map(digest, changes), digest(prefix="x"), digest(of=pairs[1:])]
+    assert len(set(found)) == len(found)
+
+
 def test_a_folder_that_cannot_keep_them_costs_a_notice(kept, tokenizer, pairs, capsys):
     kept.write_text("in the way")
     tokenize = T.PairTokenizer(tokenizer, T.Prefix(PREFERENCE), max_length=24, max_prompt_length=20)
