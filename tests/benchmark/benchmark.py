@@ -596,9 +596,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="how many turns each side has")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--long", action="store_true", help="answers near max_length behind prompts of a third of it")
-    parser.add_argument(
-        "--growth", type=varied, nargs="*", metavar="NAME=VALUE,…", help=f"instead; {', '.join(GROWTH)}"
-    )
+    growth = f"instead: TRL and ours by {', '.join(GROWTH)}"
+    parser.add_argument("--growth", type=varied, nargs="*", metavar="NAME=VALUE,…", help=growth)
     parser.add_argument("--worker", choices=RUNNERS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
