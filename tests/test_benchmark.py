@@ -32,6 +32,7 @@ def test_the_benchmark_runs(tmp_path):
     assert "guided : padded_guided = " in said and f"{ratio:.2f} × the peak memory" in said
 
 
+@pytest.mark.slow
 def test_growth(tmp_path):
     said, result = run(tmp_path, "--rounds", "1", "--growth", "vocab_size=60000")
     (measured,) = result["vocab_size"].values()
