@@ -2914,8 +2914,8 @@ def fitting_settings(
         fitting = dataclasses.replace(args, pairs_per_forward=size)
     if fitting is not args and hf_args.process_index == 0:
         print(
-            f"PAIRS_PER_FORWARD lowered from {args.pairs_per_forward} to {size}: the longest "
-            "batch did not fit into memory; the update stays the same",
+            f"PAIRS_PER_FORWARD lowered from {args.pairs_per_forward} to {size}: the longest batch did not fit into "
+            "memory; the update stays the same",
             flush=True,
         )
     return fitting
