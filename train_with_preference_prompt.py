@@ -3359,7 +3359,7 @@ def save_curves(history: Sequence[Mapping[str, Any]], folder: Path) -> None:
     try:
         curves_figure(history).savefig(picture, format="png", dpi=100)
     except Exception as error:  # a package that is not ours must not cost a run that is done
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "matplotlib"
+        missing = isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] == "matplotlib"
         remedy = f"matplotlib is not installed; for later runs: {shlex.quote(sys.executable)} -m pip install matplotlib"
         reason = remedy if missing else f"matplotlib could not draw it: {type(error).__name__}: {error}"
         print(f"no {CURVES_FILE}: {reason}", flush=True)
