@@ -237,3 +237,4 @@ fi
 
 say "the trained model is in $OUTPUT (its README.md says how to use it)"
 say "to see the curves: $SCRIPTS/tensorboard --logdir $(printf '%q' "$LOGS")"
+say "then open http://localhost:6006/#custom_scalars"

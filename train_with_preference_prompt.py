@@ -109,6 +109,7 @@ MERGED_WEIGHTS, MERGED_FOLDER = "pytorch_model.bin", "merged"
 SOFT_PROMPT, MAX_VIRTUAL_TOKENS, MAX_EMBEDDING_SIZE = "prompt_embeddings.pt", 4096, 2**16
 ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 TRAINER_STATE = "trainer_state.json"
+METRICS_FILE, CURVES_FILE = "metrics.jsonl", "training_curves.png"
 CHECKPOINT_FILES = "complete.json"  # written last: a checkpoint without it, or with other files than it lists, is none
 KEPT_CHECKPOINTS = 2
 EVENT_FILES, RUN_ID = "events.out.tfevents.*", ".run_id"
@@ -117,6 +118,7 @@ CACHE_FOLDER = "preference_guided_dpo"  # in the user's cache folder
 RUN_FILES = (
     *(RUN_SETTINGS, MODEL_CARD, MERGED_WEIGHTS, MERGED_FOLDER, SOFT_PROMPT, TRAINER_STATE, "training_args.bin"),
     *(ADAPTER_CONFIG, *ADAPTER_FILES, ".adapter", f".{RUN_SETTINGS}", f".{MODEL_CARD}", "config.json"),
+    *(METRICS_FILE, f".{METRICS_FILE}", CURVES_FILE, f".{CURVES_FILE}"),
     *("generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
 )
@@ -127,6 +129,7 @@ TAGS = {
     "dpo_loss": ("loss_components/dpo_loss", "loss_components/dpo_loss_eval"),
     "aligned_loss": ("loss_components/aligned_loss", "loss_components/aligned_loss_eval"),
     "accuracy": ("rewards_train/accuracy", "rewards_eval/accuracy"),
+    "pref_accuracy": ("rewards_train/pref_accuracy", "rewards_eval/pref_accuracy"),
     "chosen_reward": ("rewards_train/chosen", "rewards_eval/chosen"),
     "rejected_reward": ("rewards_train/rejected", "rewards_eval/rejected"),
     "reward_margin": ("rewards_train/margin", "rewards_eval/margin"),
@@ -141,8 +144,52 @@ TAGS = {
 }
 LEARNING_RATE_TAG, GRAD_NORM_TAG = "optim/learning_rate", "optim/grad_norm"
 PAIRS_PER_SECOND_TAG, TOKENS_PER_SECOND_TAG = "throughput/pairs_per_second", "throughput/tokens_per_second"
+PEAK_MEMORY_TAG = "throughput/peak_memory_gib"
 SAMPLES_TAG = "samples/before_and_after"
-PEAK_MEMORY = "peak_memory_gib"  # in the trainer's log history only: without a slash it is no tag
+# In the trainer's log history only: without a slash they are no tags. The run's peak, and the pairs of an update.
+PEAK_MEMORY, UPDATE_PAIRS = "peak_memory_gib", "pairs"
+
+# Category → chart's title → a metric, shown on both sets, or a tag: TensorBoard's custom layout and the picture of it.
+CHARTS = {
+    "Losses": {
+        "loss": "loss",
+        "DPO loss": "dpo_loss",
+        "preference-consistency loss": "aligned_loss",
+    },
+    "Accuracy": {
+        "accuracy, plain": "accuracy",
+        "accuracy, with the prefix": "pref_accuracy",
+        "share of pairs that the prefix improves": "active_fraction",
+    },
+    "Rewards": {
+        "reward of the chosen answers": "chosen_reward",
+        "reward of the rejected answers": "rejected_reward",
+        "reward margin": "reward_margin",
+    },
+    "Preference": {
+        "preference-advantage ratio": "pref_advantage_ratio",
+        "margin in nats, plain": "base_margin",
+        "margin in nats, with the prefix": "pref_margin",
+    },
+    "Throughput and memory": {
+        "pairs per second": PAIRS_PER_SECOND_TAG,
+        "tokens per second": TOKENS_PER_SECOND_TAG,
+        "peak memory in GiB": PEAK_MEMORY_TAG,
+    },
+    "Optimisation": {"learning rate": LEARNING_RATE_TAG, "gradient norm": GRAD_NORM_TAG},
+}
+CHART_SCALES = {
+    "pref_advantage_ratio": {"yscale": "log"},
+    **dict.fromkeys(("accuracy", "pref_accuracy", "active_fraction"), {"ylim": (-0.05, 1.05)}),
+    **dict.fromkeys((PAIRS_PER_SECOND_TAG, TOKENS_PER_SECOND_TAG, PEAK_MEMORY_TAG), {"ylim": (0, None)}),
+}
+CURVE_STYLES = (
+    {"label": "training", "color": "tab:blue", "linewidth": 1, "marker": ".", "markersize": 3},
+    {"label": "held out", "color": "tab:orange", "linewidth": 1.5, "marker": "o", "markersize": 4},
+)
+# The HParams tab's columns: the last values of these metrics on the test set, and the settings that it shows first.
+COMPARED_METRICS = ("loss", "accuracy", "pref_accuracy", "reward_margin", "pref_advantage_ratio")
+COMPARED_SETTINGS = ("training_mode", "beta", "alpha", "learning_rate", "num_epochs")
 
 
 def expanded(path: str) -> Path:
@@ -2185,19 +2232,27 @@ def preference_consistency_loss(base_margins: torch.Tensor, pref_margins: torch.
     return F.relu(pref_margins.detach() - base_margins)
 
 
+def wins(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """1 where the reward of the chosen answer is the higher one, else 0, (P,) from log-probabilities (P, 2)."""
+    logratios = (policy - reference).detach()
+    return (logratios[:, 0] > logratios[:, 1]).float()
+
+
 def reward_metrics(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> dict[str, torch.Tensor]:
     """Implicit rewards β (log π(y) − log π_ref(y)) of (P, 2), and how they compare."""
     rewards = beta * (policy - reference).detach()
     return {
-        "accuracy": (rewards[:, 0] > rewards[:, 1]).float(),
+        "accuracy": wins(policy, reference),
         "chosen_reward": rewards[:, 0],
         "rejected_reward": rewards[:, 1],
         "reward_margin": margins_of(rewards),
     }
 
 
-def condition_metrics(plain: torch.Tensor, prefixed: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """What is reported of log π(y|x) and, where it was scored, of log π(y|p, x), each (P, 2)."""
+def condition_metrics(
+    plain: torch.Tensor, prefixed: torch.Tensor | None, reference: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What is reported of log π(y|x) and, where it was scored, of log π(y|p, x), each (P, 2) as log π_ref(y|x) is."""
     plain = plain.detach()
     metrics = {"base_margin": margins_of(plain), "chosen_logps": plain[:, 0], "rejected_logps": plain[:, 1]}
     if prefixed is None:
@@ -2205,6 +2260,7 @@ def condition_metrics(plain: torch.Tensor, prefixed: torch.Tensor | None) -> dic
     prefixed = prefixed.detach()
     advantage = margins_of(prefixed) - margins_of(plain)
     return metrics | {
+        "pref_accuracy": wins(prefixed, reference),
         "aligned_loss": preference_consistency_loss(margins_of(plain), margins_of(prefixed)),
         "pref_advantage": advantage,
         "pref_margin": margins_of(prefixed),
@@ -2241,7 +2297,7 @@ def preference_guided_loss(
     loss = dpo_loss = DPO_LOSSES[loss_type](policy - reference, lengths, beta, label_smoothing)
     if teacher is not None:
         loss = dpo_loss + alpha * preference_consistency_loss(margins_of(policy), margins_of(teacher))
-    metrics = reward_metrics(policy, reference, beta) | condition_metrics(policy, teacher)
+    metrics = reward_metrics(policy, reference, beta) | condition_metrics(policy, teacher, reference)
     return {"loss": loss, "dpo_loss": dpo_loss.detach(), **metrics}
 
 
@@ -2264,7 +2320,7 @@ def ptuning_loss(
         Metric name → (P,). Only `loss` carries a gradient; `aligned_loss` is what there is to distil afterwards.
     """
     loss = DPO_LOSSES[loss_type](prefixed - reference, lengths, beta, label_smoothing)
-    metrics = reward_metrics(prefixed, reference, beta) | condition_metrics(reference, prefixed)
+    metrics = reward_metrics(prefixed, reference, beta) | condition_metrics(reference, prefixed, reference)
     return {"loss": loss, "dpo_loss": loss.detach(), **metrics}
 
 
@@ -2289,16 +2345,28 @@ class MetricSums:
         self.sums = sums if self.sums is None else self.sums + sums
         self.tokens += tokens
 
-    def means(self) -> tuple[dict[str, float], float, float]:
-        """Means over the pairs of all ranks, the number of pairs and of tokens."""
-        totals = torch.cat((self.sums, self.sums.new_tensor([self.tokens])))
-        if torch.distributed.is_initialized():
+    def means(self, held: float = 0.0) -> tuple[dict[str, float], float, float, float]:
+        """Means over the pairs of all ranks, the number of pairs and of tokens, and the largest `held` of all ranks."""
+        many = torch.distributed.is_initialized()
+        place, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
+        holdings = [
+            held if rank == place else 0.0 for rank in range(ranks)
+        ]  # a place each, so that one sum does for all
+        totals = torch.cat((self.sums, self.sums.new_tensor([self.tokens, *holdings])))
+        if many:
             torch.distributed.all_reduce(totals)
-        *sums, pairs, tokens = totals.tolist()
+        *sums, pairs, tokens = totals[:-ranks].tolist()
         means = {name: value / pairs for name, value in zip(self.names, sums, strict=True)}
         if "pref_advantage" in means:  # geometric mean of exp(Δ_pref − Δ_base)
             means["pref_advantage_ratio"] = torch.tensor(means.pop("pref_advantage"), dtype=torch.float64).exp().item()
-        return means, pairs, tokens
+        return means, pairs, tokens, totals[-ranks:].max().item()
+
+
+def held_memory(device: torch.device) -> float:
+    """GiB that this rank has held at its peak: of GPU memory, or resident in the machine's."""
+    on_gpu = device.type == "cuda"
+    held = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return held / 2**30
 
 
 def tagged(means: Mapping[str, float], split: int) -> dict[str, float]:
@@ -2306,12 +2374,53 @@ def tagged(means: Mapping[str, float], split: int) -> dict[str, float]:
     return {tags[split]: means[name] for name, tags in TAGS.items() if name in means}
 
 
-class TagCallback(TensorBoardCallback):
-    """Writes exactly the tags of this project (the stock callback renames them), hyperparameters and sample answers."""
+def figures(logs: Mapping[str, Any]) -> dict[str, float]:
+    """What of a logging event has a tag and a number."""
+    return {tag: value for tag, value in logs.items() if "/" in tag and tag != SAMPLES_TAG}
 
-    def __init__(self, log_dir: Path, hyperparameters: Mapping[str, Any]):
+
+def chart_tags(name: str) -> tuple[str, ...]:
+    """The tags of a chart in `CHARTS`: training and test set, or one."""
+    return TAGS.get(name, (name,))
+
+
+def custom_layout() -> dict[str, dict[str, list]]:
+    """`CHARTS` as `add_custom_scalars` takes it; TensorBoard matches tags as regular expressions that may go on."""
+    return {
+        category: {
+            title: ["Multiline", [f"{re.escape(tag)}$" for tag in chart_tags(name)]] for title, name in charts.items()
+        }
+        for category, charts in CHARTS.items()
+    }
+
+
+def compared(settings: Mapping[str, Any]) -> Any:
+    """The columns of the HParams tab, as TensorBoard's `Summary`."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from torch.utils.tensorboard.summary import hparams
+
+    summary, _, _ = hparams(dict(settings), {TAGS[name][1]: 0.0 for name in COMPARED_METRICS})
+    plugin_data = summary.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin_data.content)
+    for column in content.experiment.hparam_infos:
+        column.differs = column.name in COMPARED_SETTINGS  # these are sorted to the front
+    for name, column in zip(COMPARED_METRICS, content.experiment.metric_infos, strict=True):
+        column.display_name = name
+    plugin_data.content = content.SerializeToString()
+    return summary
+
+
+class TagCallback(TensorBoardCallback):
+    """Writes exactly the tags of this project (the stock callback renames them), their layout, settings and samples.
+
+    Args:
+        hyperparameters: every setting that runs of any mode are compared by, with its value in this run.
+        not_used: those of them that have no part in this run's mode.
+    """
+
+    def __init__(self, log_dir: Path, hyperparameters: Mapping[str, Any], not_used: Iterable[str] = ()):
         super().__init__()
-        self.logging_dir, self.hyperparameters = str(log_dir), dict(hyperparameters)
+        self.logging_dir, self.hyperparameters, self.not_used = str(log_dir), dict(hyperparameters), set(not_used)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -2320,22 +2429,94 @@ class TagCallback(TensorBoardCallback):
         purge_step = state.global_step + 1 if state.global_step else 0
         from torch.utils.tensorboard.summary import hparams
 
-        shown = dict.fromkeys([TAGS["loss"][1], TAGS["accuracy"][1], TAGS["reward_margin"][1]], 0.0)
+        used = {name: value for name, value in self.hyperparameters.items() if name not in self.not_used}
+        _, values, _ = hparams(used, {})
         with writing(Path(self.logging_dir), Path(args.output_dir)):
             self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=purge_step)
-            for summary in hparams(self.hyperparameters, {**shown, TAGS["pref_advantage_ratio"][1]: 0.0}):
+            self.tb_writer.add_custom_scalars(custom_layout())
+            # The HParams tab takes its columns from any one run: each names those of all modes.
+            for summary in (compared(self.hyperparameters), values):
                 self.tb_writer.file_writer.add_summary(summary)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.tb_writer is None:
             return
         with writing(Path(self.logging_dir), Path(args.output_dir)):
-            for tag, value in logs.items():
-                if tag == SAMPLES_TAG:
-                    self.tb_writer.add_text(tag, value, state.global_step)
-                elif "/" in tag:
-                    self.tb_writer.add_scalar(tag, value, state.global_step)
+            for tag, value in figures(logs).items():
+                self.tb_writer.add_scalar(tag, value, state.global_step)
+            if SAMPLES_TAG in logs:
+                self.tb_writer.add_text(SAMPLES_TAG, logs[SAMPLES_TAG], state.global_step)
             self.tb_writer.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Until then the HParams tab has the run as a running one."""
+        if self.tb_writer is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        _, _, success = hparams({}, {})
+        with writing(Path(self.logging_dir), Path(args.output_dir)):
+            self.tb_writer.file_writer.add_summary(success)
+            super().on_train_end(args, state, control, **kwargs)
+
+
+def metrics_line(update: int, logs: Mapping[str, Any]) -> str:
+    """{"update": …, "epoch": …, tag: value, …} and a line's end, or nothing where nothing has a tag.
+
+    JSON has no word for a number that is not finite: it is null.
+    """
+    values = {tag: value if math.isfinite(value) else None for tag, value in figures(logs).items()}
+    return json.dumps({"update": update, "epoch": logs["epoch"], **values}) + "\n" if values else ""
+
+
+class MetricsFileCallback(TrainerCallback):
+    """Keeps `metrics.jsonl`: what TensorBoard gets, one JSON object per logging event, as they come."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / METRICS_FILE
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """On a resumed run the history ends with the checkpoint, and so does the file."""
+        if state.is_world_process_zero:
+            with writing(self.path.parent, self.path.parent):
+                write_text(self.path, "".join(metrics_line(logs["step"], logs) for logs in state.log_history))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            with writing(self.path.parent, self.path.parent), self.path.open("a", encoding="utf-8") as file:
+                file.write(metrics_line(state.global_step, logs))
+
+
+def series(history: Iterable[Mapping[str, Any]], tag: str) -> tuple[list[int], list[float]]:
+    """The updates at which a tag was logged, and its values."""
+    points = [(logs["step"], logs[tag]) for logs in history if tag in logs]
+    return [update for update, _ in points], [value for _, value in points]
+
+
+def curves_figure(history: Sequence[Mapping[str, Any]]):
+    """`CHARTS` as a matplotlib `Figure`, a row per category; it is drawn beside pyplot, whose state stays as it is.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    columns = max(map(len, CHARTS.values()))
+    figure = Figure(figsize=(15, 2.9 * len(CHARTS)), layout="constrained")
+    grid = figure.subplots(len(CHARTS), columns)
+    for row, (category, charts) in zip(grid, CHARTS.items(), strict=True):
+        row[0].set_ylabel(category, fontweight="bold")
+        for axes in row[len(charts) :]:
+            axes.set_axis_off()
+        for axes, (title, name) in zip(row, charts.items(), strict=False):
+            for tag, style in zip(chart_tags(name), CURVE_STYLES, strict=False):
+                axes.plot(*series(history, tag), **style)
+            axes.set(title=title, xlabel="update", **CHART_SCALES.get(name, {}))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.3)
+    figure.legend(handles=grid[0, 0].get_lines(), loc="outside upper right", ncols=len(CURVE_STYLES))
+    return figure
 
 
 class LossProgressCallback(ProgressCallback):
@@ -2546,7 +2727,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
                     metrics = self.score(self.model, batch, guided=True)
                 sums.add(metrics, batch["weights"])
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        means, pairs, _ = sums.means()
+        means, pairs, _, _ = sums.means()
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=tagged(means, split=1), num_samples=int(pairs))
 
     def _run_epoch(self, *args, **kwargs):
@@ -2580,13 +2761,15 @@ class PreferenceGuidedDPOTrainer(Trainer):
         """Puts this project's tags in the place of the stock training logs."""
         if "loss" in logs:
             seconds = self.step_seconds
-            means, pairs, tokens = self.train_metrics.means()
+            means, pairs, tokens, peak = self.train_metrics.means(held_memory(self.args.device))
             self.train_metrics = MetricSums()
             logs = tagged(means, split=0) | {
                 LEARNING_RATE_TAG: logs["learning_rate"],
                 GRAD_NORM_TAG: logs["grad_norm"],
                 PAIRS_PER_SECOND_TAG: pairs / seconds,
                 TOKENS_PER_SECOND_TAG: tokens / seconds,
+                PEAK_MEMORY_TAG: peak,
+                UPDATE_PAIRS: int(pairs),
             }
             self.step_seconds = 0.0
         super().log(logs, start_time)
@@ -2949,14 +3132,12 @@ def memory_problem(args: ScriptArguments, what: str, device: torch.device, model
     return f"{what}. Change, largest effect first: {'; '.join(changes)}"
 
 
-def peak_memory(device: torch.device) -> float:
-    """GiB that the rank which needed most has held at its peak: of GPU memory, or resident in the machine's."""
-    on_gpu = device.type == "cuda"
-    held = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    peak = torch.tensor(held / 2**30, dtype=torch.float64, device=device)
+def peak_memory(device: torch.device, history: Iterable[Mapping[str, Any]] = ()) -> float:
+    """GiB that the rank which needed most has held at its peak, here or, in a resumed run, as logged before."""
+    peak = torch.tensor(held_memory(device), dtype=torch.float64, device=device)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
-    return peak.item()
+    return max([peak.item(), *(logs[PEAK_MEMORY_TAG] for logs in history if PEAK_MEMORY_TAG in logs)])
 
 
 def sample_answers(trainer: PreferenceGuidedDPOTrainer, condition: str, soft_prompt: nn.Embedding | None) -> list[str]:
@@ -3043,7 +3224,7 @@ class RunCallback(TrainerCallback):
             self.parameters_at_start = {}
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.log({PEAK_MEMORY: peak_memory(args.device)})
+        self.trainer.log({PEAK_MEMORY: peak_memory(args.device, state.log_history)})
         if state.is_world_process_zero:
             prompts = [pair.source.prompt for pair in self.trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
             with self.trainer.model.disable_adapter():  # again the model that it was
@@ -3129,7 +3310,7 @@ def link_merged(folder: Path) -> None:
     transformers takes a folder that also holds an adapter for a base model with its adapter, and would apply the
     adapter a second time to the merged weights.
     """
-    links, ours = folder / MERGED_FOLDER, (MODEL_CARD, SOFT_PROMPT)
+    links, ours = folder / MERGED_FOLDER, (MODEL_CARD, SOFT_PROMPT, METRICS_FILE)
     shutil.rmtree(links, ignore_errors=True)  # of an interrupted save
     links.mkdir()
     for file in folder.iterdir():
@@ -3164,11 +3345,26 @@ def save_run(trainer: PreferenceGuidedDPOTrainer, folder: Path, reports: Mapping
         raise SelfCheckError(f"the tokenizer saved in {folder} differs from the one used in training")
     torch.save(trainer.args, folder / "training_args.bin")
     trainer.state.save_to_json(str(folder / TRAINER_STATE))
+    save_curves(trainer.state.log_history, folder)
     if trainer.settings.trains_prefix:
         verify_soft_prompt(trainer, folder)
     else:
         merge_policy(trainer, folder)
     write_text(folder / MODEL_CARD, model_card(trainer, base_path, reports))
+
+
+def save_curves(history: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """`training_curves.png`, where matplotlib is installed; it is no part of the requirements."""
+    picture = io.BytesIO()
+    try:
+        curves_figure(history).savefig(picture, format="png", dpi=100)
+    except Exception as error:  # a package that is not ours must not cost a run that is done
+        missing = isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] == "matplotlib"
+        remedy = f"matplotlib is not installed; for later runs: {shlex.quote(sys.executable)} -m pip install matplotlib"
+        reason = remedy if missing else f"matplotlib could not draw it: {type(error).__name__}: {error}"
+        print(f"no {CURVES_FILE}: {reason}", flush=True)
+    else:
+        write_bytes(folder / CURVES_FILE, picture.getvalue(), folder / f".{CURVES_FILE}")
 
 
 def merge_policy(trainer: PreferenceGuidedDPOTrainer, folder: Path) -> None:
@@ -3338,7 +3534,7 @@ def run_state(output_dir: Path) -> str:
     if not output_dir.is_dir():
         return "foreign" if output_dir.exists() else "nothing"
     names = {path.name for path in output_dir.iterdir()}
-    if names <= {RUN_SETTINGS, f".{RUN_SETTINGS}"}:
+    if names <= {RUN_SETTINGS, f".{RUN_SETTINGS}", METRICS_FILE, f".{METRICS_FILE}"}:
         return "nothing"
     if RUN_SETTINGS not in names:
         return "foreign"
@@ -3705,6 +3901,7 @@ def make_way(args: ScriptArguments) -> Path | None:
         output_dir.rename(moved)
         print(f"the earlier run in {output_dir} was moved to {moved}", flush=True)
     output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / METRICS_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
     return moved
 
 
@@ -3793,6 +3990,7 @@ def train(
     args: ScriptArguments, devices: Devices, pairs: Mapping[str, list[Pair]], reports: Mapping[str, DataReport]
 ) -> None:
     """Builds everything, trains and saves; one rank's share of it."""
+    start_time = time.perf_counter()
     if not devices.on_gpu:
         load_cpu_communication()
     hf_args = training_arguments(args, devices.on_gpu)
@@ -3822,7 +4020,8 @@ def train(
         policy, hf_args, used, datasets["train"], datasets["test"], tokenizer, base_logps, soft_prompt
     )
     trainer.add_callback(RunCallback(trainer, cache))
-    trainer.add_callback(TagCallback(args.log_path, hyperparameters(args)))
+    trainer.add_callback(TagCallback(args.log_path, hyperparameters(args), args.not_used))
+    trainer.add_callback(MetricsFileCallback(args.output_path))
     trainer.add_callback(LossProgressCallback)
     train_from(trainer, newest_checkpoint(args.output_path) if args.resume else None)
     if is_main:
@@ -3830,7 +4029,7 @@ def train(
             save_run(trainer, args.output_path, reports)
         if args.overwrite and earlier is not None:
             remove_run(earlier)
-        print_result(trainer)
+        print_result(trainer, time.perf_counter() - start_time)
         for lock in locks:
             lock.close()
     trainer.accelerator.wait_for_everyone()
@@ -3968,10 +4167,10 @@ def build_policy_in_memory(
 
 
 def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
-    """What TensorBoard's HParams tab compares."""
+    """What TensorBoard's HParams tab compares, of runs of any mode."""
     undecided = {name for name, (accepted, _) in ONLY.items() if len(accepted) == 1}
     elsewhere = {"plan", "output_dir", "log_dir", "reference_cache", "resume", "overwrite", "eval_steps"}
-    left_out = undecided | elsewhere | {"gpu_nodes", "cpu_ranks", "ds_config", *args.not_used}
+    left_out = undecided | elsewhere | {"gpu_nodes", "cpu_ranks", "ds_config"}
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
 
 
@@ -3989,15 +4188,61 @@ def print_data_report(
     print(describe_example(datasets["train"].pairs[0], tokenizer), flush=True)
 
 
-def print_result(trainer: PreferenceGuidedDPOTrainer) -> None:
-    """Held-out metrics at the start and the end."""
-    first, last = first_and_last_evaluation(trainer)
-    print(f"peak memory  {describe_peak_memory(trainer)}")
-    print("held-out metrics         start      end")
-    for name in ("loss", "accuracy", "reward_margin", "base_margin", "pref_advantage_ratio"):
-        tag = TAGS[name][1]
-        print(f"  {name:<20} {first[tag]:>8.4f} {last[tag]:>8.4f}")
-    if trainer.settings.trains_prefix:
+def figure_of(value: float | None) -> str:
+    """A number of the summary: four places, or three digits where they would not show it; nothing where there is none."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.2e}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def metrics_table(history: Sequence[Mapping[str, Any]]) -> str:
+    """Start and end of the key metrics, held out and in training, where one is of an update's own pairs."""
+    lines = [
+        f"{'':<22} {'held-out':>17}   {'training':>17}",
+        f"{'':<22} {'start':>8} {'end':>8}   {'start':>8} {'end':>8}",
+    ]
+    for name in (name for charts in CHARTS.values() for name in charts.values() if name in TAGS):
+        values = [series(history, tag)[1] or [None] for tag in reversed(TAGS[name])]
+        held_out, training = ([figure_of(value) for value in (found[0], found[-1])] for found in values)
+        lines.append(f"  {name:<20} {held_out[0]:>8} {held_out[1]:>8}   {training[0]:>8} {training[1]:>8}")
+    return "\n".join(lines)
+
+
+def describe_speed(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Updates, pairs, the time they took and their speed, of the whole run, also where it was resumed."""
+    updates = [logs for logs in history if UPDATE_PAIRS in logs]
+    pairs = sum(logs[UPDATE_PAIRS] for logs in updates)
+    seconds = [logs[UPDATE_PAIRS] / logs[PAIRS_PER_SECOND_TAG] for logs in updates]
+    tokens = sum(logs[TOKENS_PER_SECOND_TAG] * time for logs, time in zip(updates, seconds, strict=True))
+    total = sum(seconds)
+    return {
+        "updates": f"{len(updates)}, {pairs} pairs",
+        "time": f"{duration(total)} for the updates",
+        "speed": f"{pairs / total:.2f} pairs/s, {tokens / total:.0f} tokens/s",
+    }
+
+
+def print_result(trainer: PreferenceGuidedDPOTrainer, seconds: float) -> None:
+    """The summary: metrics at the start and the end, time, speed and memory.
+
+    Args:
+        seconds: since this start began.
+    """
+    history, settings = trainer.state.log_history, trainer.settings
+    lines = describe_speed(history)
+    lines["time"] += f", {duration(seconds)} in all{' since it was resumed' if settings.resume else ''}"
+    lines["peak memory"] = describe_peak_memory(trainer)
+    print(metrics_table(history))
+    for name, text in lines.items():
+        print(f"{name:<12} {text}")
+    if settings.trains_prefix:
         path = shlex.quote(f"{trainer.args.output_dir}/{SOFT_PROMPT}")
         print(f"next, with an OUTPUT_DIR of its own: TRAINING_MODE=embedding PROMPT_EMBEDDING_PATH={path}")
     print("what was saved was opened again and equals what was trained", flush=True)

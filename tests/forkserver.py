@@ -97,6 +97,7 @@ def serve() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
     import transformers.trainer  # noqa: F401
 
+    sys.modules["matplotlib"] = None  # not installed here: most tests look at no picture, which takes seconds to draw
     torch.compile(len)  # DeepSpeed's optimizers do something like it, which imports for seconds
     gc.freeze()
     for line in sys.stdin:

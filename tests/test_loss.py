@@ -58,6 +58,14 @@ def test_rewards_margins_and_preference_metrics():
     close(metrics["active_fraction"], [1.0, 0.0])
 
 
+def test_accuracy_with_the_prefix_compares_with_the_reference():
+    """Δ_pref > Δ_ref, whatever the plain policy does: the second pair's Δ_base is −5, and −0.5 a win over −1."""
+    close(guided()[2]["pref_accuracy"], [1.0, 0.0])  # 7 > 1, −7 < −1
+    close(guided(teacher=[[-8.0, -15.0], [-15.0, -14.5]])[2]["pref_accuracy"], [1.0, 1.0])
+    close(guided(teacher=REFERENCE)[2]["pref_accuracy"], [0.0, 0.0])  # a tie is no win
+    assert "pref_accuracy" not in guided(teacher=None)[2]
+
+
 def test_gradient_reaches_the_policy_and_not_the_teacher():
     policy, teacher, metrics = guided()
     metrics["loss"].sum().backward()
@@ -173,6 +181,7 @@ def test_ptuning_is_dpo_of_the_prefixed_model():
     close(metrics["rejected_reward"], [BETA * -3, BETA * 3])
     close(metrics["reward_margin"], [BETA * 6, BETA * -6])
     close(metrics["accuracy"], [1.0, 0.0])
+    assert torch.equal(metrics["pref_accuracy"], metrics["accuracy"])
 
 
 def test_ptuning_reports_what_there_is_to_distil():

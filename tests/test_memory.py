@@ -343,6 +343,13 @@ def test_peak_memory_is_shown_and_kept(unlimited, tiny_run, tmp_path):
     assert f"Peak memory of the training: {peak:.2f} GiB." in (output_of(tmp_path) / T.MODEL_CARD).read_text()
 
 
+def test_the_peak_before_a_resumed_run_began_counts():
+    now = T.peak_memory(torch.device("cpu"))
+    logged = [{"loss/eval": 99.0}, {T.PEAK_MEMORY_TAG: now + 7}, {T.PEAK_MEMORY_TAG: now + 2}]
+    assert T.peak_memory(torch.device("cpu"), logged) == now + 7
+    assert now <= T.peak_memory(torch.device("cpu"), [{T.PEAK_MEMORY_TAG: 0.001}]) < now + 1
+
+
 def test_peak_memory_sees_what_was_held(tmp_path):
     before = T.peak_memory(torch.device("cpu"))
     torch.ones(int((before + 0.25) * 2**28)).sum()  # so many GiB in fp32

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ REMAINING_TAGS = {
     "optim/grad_norm",
     "throughput/pairs_per_second",
     "throughput/tokens_per_second",
+    "throughput/peak_memory_gib",
 }
 FILES = {
     "pytorch_model.bin",
@@ -35,6 +38,7 @@ FILES = {
     "trainer_state.json",
     "README.md",
     "run_settings.json",
+    "metrics.jsonl",
 }
 
 
@@ -112,12 +116,59 @@ def test_samples_and_hyperparameters(first_events, run):
     table = sample.tensor_proto.string_val[0].decode()
     header = "| prompt | before | before, with the prefix | after | after, with the prefix |\n"
     assert table.count("\n") == 1 + T.SAMPLE_PROMPTS and table.startswith(header)
-    from tensorboard.plugins.hparams import plugin_data_pb2
+    from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
     content = first_events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     shown = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert shown["preference_text"].string_value == ODD_TEXT  # quotes, $, newline and Chinese arrive unchanged
     assert shown["beta"].number_value == 0.05 and shown["gradient_accum_steps"].number_value == 5
+    assert "ptuning_learning_rate" not in shown  # it has no part in text mode
+    columns = first_events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    metrics = plugin_data_pb2.HParamsPluginData.FromString(columns).experiment.metric_infos
+    assert {metric.name.tag for metric in metrics} <= set(first_events.Tags()["scalars"]) and len(metrics) == 5
+    ended = first_events.SummaryMetadata("_hparams_/session_end_info").plugin_data.content
+    assert plugin_data_pb2.HParamsPluginData.FromString(ended).session_end_info.status == api_pb2.STATUS_SUCCESS
+
+
+def test_the_layout_is_written_with_the_events(first_events):
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    (config,) = first_events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0])
+    charts = {category.title: [chart.title for chart in category.chart] for category in layout.category}
+    assert charts == {category: list(charts) for category, charts in T.CHARTS.items()}
+    scalars = set(first_events.Tags()["scalars"])
+    for pattern in (tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag):
+        assert len([tag for tag in scalars if re.match(pattern, tag)]) == 1, pattern
+
+
+def test_metrics_jsonl_holds_what_tensorboard_shows(first_events, run):
+    lines = [json.loads(line) for line in (run["output"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["update"] for line in lines] == [0, 1, 2, 2, 3, 3]
+    assert [list(line)[:2] for line in lines] == [["update", "epoch"]] * 6 and lines[-1]["epoch"] == 1
+    for tag in first_events.Tags()["scalars"]:
+        shown = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in first_events.Scalars(tag)]
+        assert [(line["update"], line[tag]) for line in lines if tag in line] == shown, tag
+    assert {tag for line in lines for tag in line} - {"update", "epoch"} == set(first_events.Tags()["scalars"])
+
+
+def test_the_summary_at_the_end(first_events, run):
+    said = run["first"].stdout
+    summary = said[said.index("held-out ") :].splitlines()
+    assert len(summary) <= 25
+    rows = {line.split()[0]: line.split()[1:] for line in summary}
+    for name, tags in (("loss", ("loss/eval", "loss/train")), ("pref_accuracy", T.TAGS["pref_accuracy"][::-1])):
+        events = [first_events.Scalars(tag) for tag in tags]
+        assert rows[name] == [f"{found[place].value:.4f}" for found in events for place in (0, -1)]
+    assert rows["updates"] == ["3,", "12", "pairs"] and "pairs/s," in rows["speed"] and "all" in rows["time"]
+
+
+def test_the_picture_of_the_curves(run):
+    """The program is another process, so whether it can draw is asked of one, too."""
+    found = subprocess.run([sys.executable, "-c", "import matplotlib"], capture_output=True).returncode == 0
+    assert (run["output"] / "training_curves.png").exists() == found
+    assert ("no training_curves.png: matplotlib is not installed" in run["first"].stdout) != found
+    assert not {"metrics.jsonl", "training_curves.png"} & {path.name for path in (run["output"] / "merged").iterdir()}
 
 
 def test_what_the_launcher_says(run):
@@ -125,6 +176,7 @@ def test_what_the_launcher_says(run):
     for phrase in ("12 pairs", "5 pairs", "1 × 5, 2 in a forward", "CPU, 1 rank(s)", "--include=localhost:0"):
         assert phrase in said, phrase
     assert "tensorboard --logdir" in said and "the trained model is in" in said
+    assert said.rstrip().splitlines()[-1] == "then open http://localhost:6006/#custom_scalars"
     assert "only 3 updates" in said
     shown = run["first"].stdout
     assert "12 rows read, 12 pairs used" in shown and "⟦Eight minutes in boiling water.<|im_end|>⟧" in shown

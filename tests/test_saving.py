@@ -82,7 +82,7 @@ def test_without_links_the_merged_model_is_copied(tmp_path, monkeypatch):
 
 
 def test_merged_links_leave_card_and_soft_prompt_out(tmp_path):
-    for name in ("config.json", T.MODEL_CARD, T.SOFT_PROMPT, T.RUN_SETTINGS):
+    for name in ("config.json", T.MODEL_CARD, T.SOFT_PROMPT, T.RUN_SETTINGS, T.METRICS_FILE, T.CURVES_FILE):
         (tmp_path / name).write_text(name)
     T.link_merged(tmp_path)
     assert [path.name for path in (tmp_path / "merged").iterdir()] == ["config.json"]

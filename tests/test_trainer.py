@@ -180,8 +180,15 @@ def with_dropout(tiny_run, tmp_path_factory):
     return variables, whole
 
 
+def metrics(cwd) -> list[dict]:
+    """`metrics.jsonl`, without time and memory."""
+    lines = [json.loads(line) for line in (output_of(cwd) / T.METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    return [{tag: value for tag, value in line.items() if not tag.startswith(RUN_TIME)} for line in lines]
+
+
 def assert_bit_equal(one, other):
     assert logged(one) == logged(other)
+    assert metrics(one) == metrics(other)
     assert all(torch.equal(tensor, adapter(other)[name]) for name, tensor in adapter(one).items())
 
 
