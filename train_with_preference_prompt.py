@@ -62,8 +62,17 @@ import transformers
 from datasets import Dataset as ArrowDataset
 from datasets import Features, List, Value
 from datasets import config as datasets_config
-from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
@@ -197,7 +206,10 @@ class ScriptArguments:
     prompt_init: str = setting("text", "Where ptuning mode starts: text (preference_text's embeddings) or random.")
     # --- model
     policy_model_path: str = setting("", "Local folder or hub id of the base model; empty: the bundled small model.")
-    adapter_path: str = setting("", "An existing adapter to continue from.")
+    adapter_path: str = setting("", "Folder of a LoRA adapter to continue from, or of the adapter to evaluate.")
+    adapter_reference: str = setting(
+        "", "With adapter_path, the DPO reference: base (adapter off) or adapter (the adapter as it is at the start)."
+    )
     precision: str = setting("auto", "auto (bf16 on a GPU that has it, else fp32), bf16 or fp32.")
     load_in_4bit: bool = setting(False, "Load the base model in 4 bits.")
     lora_r: int = setting(16, "Rank of the LoRA matrices.")
@@ -261,7 +273,13 @@ class ScriptArguments:
     def not_used(self) -> tuple[str, ...]:
         """The settings that have no part in this mode."""
         random_start = self.trains_prefix and self.prompt_init == "random"
-        return NOT_USED[self.training_mode] + (("preference_text",) if random_start else ())
+        of_adapter = LORA_SHAPE if self.adapter_path and not self.trains_prefix else ()
+        return NOT_USED[self.training_mode] + (("preference_text",) if random_start else ()) + of_adapter
+
+    @property
+    def starts_as_reference(self) -> bool:
+        """Whether the policy is the reference before the first update: all rewards are 0 then (not in ptuning mode)."""
+        return not (self.adapter_path and self.adapter_reference == "base")
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -309,7 +327,7 @@ ONLY = {
     "loss_type": (("sigmoid", "ipo", "hinge", "robust"), "there is no such loss"),
     "precision": (("auto", "bf16", "fp32"), "no other precision is available in this version"),
     "load_in_4bit": ((False,), "quantised base models are not available in this version"),
-    "adapter_path": (("",), "continuing from an adapter is not available in this version"),
+    "adapter_reference": (("", "base", "adapter"), "there is no such reference"),
     "zero_stage": (("",), "choose the ZeRO stage in the file that DS_CONFIG names"),
     "offload": (("",), "choose offloading in the file that DS_CONFIG names"),
     "hostfile": (("",), "training on several nodes is not available in this version"),
@@ -325,6 +343,8 @@ NOT_USED = {
     "embedding": ("preference_text", *PTUNING_ONLY),
     "ptuning": ("alpha", "learning_rate", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
 }
+
+LORA_SHAPE = ("lora_r", "lora_alpha", "lora_target_modules")  # with ADAPTER_PATH they are the adapter's own
 
 # Schedules that need no further settings, no metric under the stock Trainer's name and run under DeepSpeed.
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "inverse_sqrt")
@@ -368,6 +388,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 PATHS = (
     "prompt_embedding_path",
     "policy_model_path",
+    "adapter_path",
     "train_dataset_path",
     "test_dataset_path",
     "output_dir",
@@ -439,6 +460,26 @@ def path_problems(args: ScriptArguments) -> list[str]:
     return problems
 
 
+def adapter_problems(args: ScriptArguments) -> list[str]:
+    """Why ADAPTER_PATH and ADAPTER_REFERENCE do not go with each other or with the mode."""
+    path, reference = (describe(name, getattr(args, name)) for name in ("adapter_path", "adapter_reference"))
+    if args.adapter_path and args.trains_prefix:
+        return [
+            f"{path}: TRAINING_MODE=ptuning freezes the model, so that no adapter can be continued; empty it, or, to "
+            f"train a soft prompt for the adapted model, name its merged weights in POLICY_MODEL_PATH (the folder "
+            f"{MERGED_FOLDER} of a run)"
+        ]
+    if args.adapter_path and not args.adapter_reference:
+        return [
+            f"{reference}, but ADAPTER_PATH is set: say what the DPO reference is. base: the base model, adapter off, "
+            "so that rewards count all that the adapter has learned, earlier runs included; adapter: the model with "
+            "the adapter as it is at the start, so that rewards begin at 0 and this run stays near where it starts"
+        ]
+    if args.adapter_reference in ("base", "adapter") and not args.adapter_path:
+        return [f"{reference}, but ADAPTER_PATH is empty: name the adapter to continue from, or empty it"]
+    return []
+
+
 def argument_problems(args: ScriptArguments) -> list[str]:
     """Every setting that cannot be used, one line each: variable, flag, value, reason and remedy."""
     problems = path_problems(args)
@@ -475,6 +516,7 @@ def argument_problems(args: ScriptArguments) -> list[str]:
             f"{describe('label_smoothing', args.label_smoothing)}: only LOSS_TYPE=robust uses it, and LOSS_TYPE is "
             f"{args.loss_type!r}; set the one to 0 or the other to robust"
         )
+    problems += adapter_problems(args)
     if args.resume and args.overwrite:
         problems.append(f"{describe('resume', True)}, and so is OVERWRITE: set one of them to false")
     return problems
@@ -1760,12 +1802,176 @@ def add_soft_prompt(model: PreTrainedModel, soft_prompt: nn.Embedding) -> PeftMo
     return policy
 
 
-def add_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
-    """The base model with a fresh LoRA adapter, whose B matrices are 0: the policy starts as the reference.
+# What an adapter's configuration may say of itself; any other setting must have PEFT's default, as it would change what
+# is computed or saved in a way that this program does not follow. Variants that are initialised from the base model's
+# weights and change them are not named: what is left of them without that change is another model.
+ADAPTER_SETTINGS = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode"),
+    *("init_lora_weights", "eva_config", "qalora_group_size", "runtime_config", "megatron_core"),
+}
+ADAPTER_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # initialisations that leave the base weights alone
+
+
+def adapter_settings(path: str) -> dict[str, Any]:
+    """What `adapter_config.json` in a folder says; ValueError where there is none."""
+    folder, named = expanded(path), "name the local folder of an adapter, such as the OUTPUT_DIR of a run"
+    if not folder.is_dir():
+        raise ValueError(f"{'is no folder' if folder.exists() else 'there is no such folder'}; {named}")
+    try:
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"that folder has no {ADAPTER_CONFIG}; {named}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"its {ADAPTER_CONFIG} cannot be read ({shortened(str(error))}); {named}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
+        raise ValueError(f"its {ADAPTER_CONFIG} names no peft_type; {named}")
+    return settings
+
+
+def adapter_files(path: str) -> list[Path]:
+    """Configuration and weights of an adapter; ValueError where it has no weights."""
+    files = [expanded(path) / name for name in ADAPTER_FILES if (expanded(path) / name).is_file()]
+    if not files:
+        raise ValueError(f"that folder has neither {' nor '.join(ADAPTER_FILES)}; name a folder with both its files")
+    return [expanded(path) / ADAPTER_CONFIG, files[0]]
+
+
+def adapter_refusal(settings: Mapping[str, Any]) -> str | None:
+    """Why an adapter with these settings cannot be continued."""
+    kind, task, start = (settings.get(name) for name in ("peft_type", "task_type", "init_lora_weights"))
+    if kind != "LORA":
+        soft = kind in ("PROMPT_TUNING", "P_TUNING")
+        use = "name it in PROMPT_EMBEDDING_PATH with TRAINING_MODE=embedding" if soft else "name a LoRA adapter"
+        return f"it is a {shortened(repr(kind))} adapter, and only LoRA can be continued; {use}"
+    if task not in (None, "CAUSAL_LM"):
+        return f"it was trained for the task {shortened(repr(task))}; name one of a causal language model (CAUSAL_LM)"
+    if start is not None and start not in ADAPTER_STARTS:
+        return (
+            f"its init_lora_weights is {shortened(repr(start))}, which changed the base model's weights or trains "
+            "otherwise; convert it to plain LoRA with PEFT, or merge it into the model and name that in "
+            "POLICY_MODEL_PATH"
+        )
+    defaults = LoraConfig().to_dict()
+    foreign = [
+        f"{name} {shortened(repr(value), 80)}"
+        for name, value in settings.items()
+        if name not in ADAPTER_SETTINGS and value not in (None, False, [], {}, defaults.get(name))
+    ]
+    if foreign:
+        return (
+            f"it has {', '.join(foreign)}, which cannot be continued here; merge it, and name that in POLICY_MODEL_PATH"
+        )
+    return None
+
+
+def read_adapter(path: str, dropout: float) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """A LoRA adapter's configuration and matrices (fp32), on the CPU; no code in its files is run.
+
+    Args:
+        dropout: of the training to come; the adapter's own belongs to the one that made it.
 
     Raises:
-        InputError: no module of the model has a name in LORA_TARGET_MODULES.
+        InputError: it cannot be read, is of a kind that cannot be continued, or holds numbers that are not finite.
     """
+    where = describe("adapter_path", path)
+    try:
+        settings = adapter_settings(path)
+        if (refusal := adapter_refusal(settings)) is not None:
+            raise ValueError(refusal)
+        known = {field.name for field in dataclasses.fields(LoraConfig)} - {"runtime_config"}
+        # what made it is behind: where its matrices started, for which base path, and that it was saved for use only
+        now = {"init_lora_weights": True, "base_model_name_or_path": None, "inference_mode": False, "eva_config": None}
+        now |= {"lora_dropout": dropout, "task_type": "CAUSAL_LM"}
+        config = LoraConfig(**{name: value for name, value in (settings | now).items() if name in known})
+        found = open_tensors(adapter_files(path)[1])
+        broken = [name for name, value in found.items() if not is_finite_matrix(value)]
+        if broken:
+            raise ValueError(f"{shortened(', '.join(broken))}: no finite floating-point matrix; save or train it again")
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise InputError(f"{where}: {shortened(str(error), 600)}") from None
+    return config, {name: value.float() for name, value in found.items()}
+
+
+def is_finite_matrix(value: Any) -> bool:
+    """Whether a value is an ordinary matrix of finite floating-point numbers."""
+    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_nested)
+    return dense and value.is_floating_point() and value.dim() == 2 and bool(value.isfinite().all())
+
+
+def adapter_misfits(policy: PeftModel, found: Mapping[str, torch.Tensor]) -> list[str]:
+    """Why the matrices of an adapter are not those that the model with its configuration has."""
+    expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
+    other = [name for name in found if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if other:
+        return [
+            f"it holds {shortened(', '.join(other))}, no LoRA matrix of a linear layer; it cannot be continued here"
+        ]
+    head = policy.get_base_model().get_output_embeddings()
+    if isinstance(head, LoraLayer) and policy.get_base_model().config.get_text_config().tie_word_embeddings:
+        return ["it adapts the output embeddings, which this model shares with the input; they could not be merged"]
+    sizes = [
+        f"{name} is {tuple(found[name].shape)}, the model's {tuple(expected[name].shape)}"
+        for name in found.keys() & expected.keys()
+        if found[name].shape != expected[name].shape
+    ]
+    parts = {
+        "lacks": sorted(expected.keys() - found.keys()),
+        "holds what the model has no place for:": sorted(found.keys() - expected.keys()),
+        "has other sizes than the model:": sorted(sizes),
+    }
+    return [
+        f"it {what} {shortened(', '.join(names))} ({len(names)} in all); name the adapter's own base model in "
+        "POLICY_MODEL_PATH, or another adapter"
+        for what, names in parts.items()
+        if names
+    ]
+
+
+def saved_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
+    """The base model with the LoRA adapter in the folder ADAPTER_PATH; on the meta device only its layers.
+
+    Raises:
+        InputError: it cannot be read or used, or is one of another model.
+        SelfCheckError: PEFT has put other numbers in place than the file holds.
+    """
+    config, found = read_adapter(args.adapter_path, args.lora_dropout)
+    where, rank, targets = describe("adapter_path", args.adapter_path), config.r, config.target_modules
+    try:
+        policy = get_peft_model(model, config)
+    except Exception as error:  # damaged configurations raise anything
+        reason = f"its configuration (r {shortened(repr(rank))}, target_modules {shortened(repr(targets))}) fits not"
+        raise InputError(f"{where}: {reason} the model: {shortened(' '.join(str(error).split()))}") from error
+    misfits = adapter_misfits(policy, found)
+    if misfits:
+        raise InputError(*(f"{where}: {misfit}" for misfit in misfits))
+    if model.device.type != "meta":
+        set_peft_model_state_dict(policy, found)
+        loaded = get_peft_model_state_dict(policy, save_embedding_layers=False)
+        if not all(torch.equal(loaded[name].float().cpu(), value) for name, value in found.items()):
+            raise SelfCheckError(f"PEFT has loaded other matrices than {args.adapter_path} holds")
+    return policy
+
+
+def adapter_identity(policy: PeftModel) -> str:
+    """SHA-256 of an adapter's matrices and of the factors that they are scaled by."""
+    state = get_peft_model_state_dict(policy, save_embedding_layers=False)
+    scalings = {name: layer.scaling for name, layer in policy.named_modules() if isinstance(layer, LoraLayer)}
+    content = save_bytes({name: value.detach().cpu().contiguous() for name, value in state.items()})
+    return hashlib.sha256(content + json.dumps(scalings, sort_keys=True).encode()).hexdigest()
+
+
+def add_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
+    """The base model with the adapter that ADAPTER_PATH names, or with a fresh one, whose B matrices are 0.
+
+    With a fresh one the policy starts as the base model.
+
+    Raises:
+        InputError: no module of the model has a name in LORA_TARGET_MODULES, or as in `saved_adapter`.
+    """
+    if args.adapter_path:
+        return saved_adapter(model, args)
     targets = args.lora_target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -2101,9 +2307,37 @@ def teacher_logps(model: nn.Module, row: PackedRow) -> torch.Tensor:
         return policy_logps(model, row)
 
 
-def reference_logps(model: PeftModel, row: PackedRow) -> torch.Tensor:
-    """The reference, which is the policy with its adapter switched off: (P, 2) without gradient or dropout."""
-    with inference(model), model.disable_adapter():
+@contextlib.contextmanager
+def adapter_weights(policy: PeftModel, weights: Mapping[str, torch.Tensor] | None) -> Iterator[None]:
+    """The policy with these values in its adapter, by parameter name; with None, with the adapter switched off."""
+    if weights is None:
+        with policy.disable_adapter():
+            yield
+        return
+    parameters = dict(policy.named_parameters())
+    own = {name: parameters[name].detach().clone() for name in weights}
+
+    def put(values: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                parameters[name].copy_(value)
+
+    put(weights)
+    try:
+        yield
+    finally:
+        put(own)
+
+
+def reference_logps(
+    model: PeftModel, row: PackedRow, weights: Mapping[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """The reference: (P, 2) without gradient or dropout.
+
+    Args:
+        weights: of the policy's adapter in the reference; None: it is the policy with its adapter switched off.
+    """
+    with inference(model), adapter_weights(model, weights):
         return policy_logps(model, row)
 
 
@@ -2449,6 +2683,13 @@ def loss_of(
     return preference_guided_loss(plain, reference, prefixed, lengths, settings.beta, settings.alpha, *kind)
 
 
+class FirstScores(NamedTuple):
+    """Log-probabilities (P, 2) of the first training pairs, each plain ("base") and with the prefix ("pref")."""
+
+    base_model: Mapping[str, torch.Tensor]  # by the base model, before anything was added to it
+    start: Mapping[str, torch.Tensor]  # by the policy as it starts: the same, or by PEFT with the continued adapter
+
+
 class PreferenceGuidedDPOTrainer(Trainer):
     """`transformers.Trainer` on packed preference pairs.
 
@@ -2457,8 +2698,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
         args: the stock arguments, from `training_arguments`.
         settings: this project's arguments.
         train_dataset, eval_dataset: tokenised pairs.
-        base_logps: log-probabilities (P, 2) of the first training pairs by the base model, plain ("base") and with the
-            prefix ("pref"), taken before anything was added to it; the self-checks compare with them.
+        first_scores: of the first training pairs; the self-checks compare with them.
         soft_prompt: what stands for the ids below 0; None in text mode.
     """
 
@@ -2470,10 +2710,14 @@ class PreferenceGuidedDPOTrainer(Trainer):
         train_dataset: PairDataset,
         eval_dataset: PairDataset,
         tokenizer: PreTrainedTokenizerBase,
-        base_logps: Mapping[str, torch.Tensor],
+        first_scores: FirstScores,
         soft_prompt: nn.Embedding | None,
     ):
-        self.settings, self.base_logps, self.soft_prompt = settings, base_logps, soft_prompt
+        self.settings, self.first_scores, self.soft_prompt = settings, first_scores, soft_prompt
+        self.start_weights: dict[str, torch.Tensor] | None = None  # of a continued adapter; a fresh one's is "off"
+        if settings.adapter_path:
+            named = model.named_parameters()
+            self.start_weights = {name: p.detach().clone() for name, p in named if p.requires_grad}
         self.train_metrics, self.step_seconds = MetricSums(), 0.0
         self.update_indices: list[int] = []  # places in the data set of the update's pairs, this rank's share
         super().__init__(
@@ -2485,6 +2729,11 @@ class PreferenceGuidedDPOTrainer(Trainer):
         )
         self.remove_callback(ProgressCallback)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
+
+    @property
+    def reference_weights(self) -> dict[str, torch.Tensor] | None:
+        """The adapter's weights in the reference; None where the reference is the model with its adapter off."""
+        return self.start_weights if self.settings.starts_as_reference else None
 
     # --- batches: the samplers already deal pairs out to the ranks, so accelerate must not shard them again
 
@@ -2534,13 +2783,13 @@ class PreferenceGuidedDPOTrainer(Trainer):
     def evaluation_loop(self, dataloader, description, *args, **kwargs):
         """Means over every pair of the test set, each counted once; the prefixed condition is always scored here.
 
-        Before the first update the policy is the reference, which has scored these pairs already.
+        Where the policy starts as the reference, that has scored these pairs already before the first update.
         """
         sums, self.callback_handler.eval_dataloader = MetricSums(), dataloader
         with inference(self.model):
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
-                if self.state.global_step == 0:
+                if self.state.global_step == 0 and self.settings.starts_as_reference:
                     metrics = loss_of(self.settings, batch, batch["ref_logps"], batch["ref_pref_logps"])
                 else:
                     metrics = self.score(self.model, batch, guided=True)
@@ -2620,7 +2869,8 @@ def reference_scores(
     mine = torch.zeros(len(pairs), 3, device=trainer.args.device)  # chosen, rejected, 1 where scored
     for number, batch in enumerate(tqdm(loader, desc=f"reference, {name}", leave=False, disable=quiet), start=1):
         batch = trainer._prepare_inputs(batch)
-        logps = F.pad(reference_logps(trainer.model, batch[condition]), (0, 1), value=1.0)
+        scored = reference_logps(trainer.model, batch[condition], trainer.reference_weights)
+        logps = F.pad(scored, (0, 1), value=1.0)
         mine.index_add_(0, batch["indices"], logps * batch["weights"][:, None])
         if number % every == 0 or number == len(loader):
             scored = mine.clone()
@@ -2758,26 +3008,35 @@ def check_packed_forward(
 
 
 def check_before_training(trainer: PreferenceGuidedDPOTrainer) -> None:
-    """The reference must be the base model and, before the first update, the policy too, with and without the prefix.
+    """The reference and, before the first update, the policy must be what they were meant to be.
+
+    The reference is the base model, or the model with the adapter that is continued. The policy starts as one of the
+    same two, with and without the prefix.
 
     Raises:
         SelfCheckError: saying which of them does not hold, with the numbers.
     """
-    model, dataset, base_logps = trainer.model, trainer.train_dataset, trainer.base_logps
+    model, settings, dataset, first = trainer.model, trainer.settings, trainer.train_dataset, trainer.first_scores
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SelfCheckError("no parameter is trainable: the adapter was added without any")
-    batch = trainer._prepare_inputs(first_batch(dataset, len(base_logps["base"])))
-    reference = reference_logps(model, batch["base"])
-    require_close("the reference (adapter off)", reference, "the base model", base_logps["base"], nats=1e-2)
+    batch = trainer._prepare_inputs(first_batch(dataset, len(first.start["base"])))
     nats = rounding(model.get_base_model().dtype, dataset.pairs)
+    start = "the model with the adapter" if settings.adapter_path else "the base model"
+    reference = reference_logps(model, batch["base"], trainer.reference_weights)
+    if trainer.reference_weights is None:
+        require_close("the reference (adapter off)", reference, "the base model", first.base_model["base"], nats=1e-2)
+    else:
+        require_close("the reference (the adapter as it was)", reference, start, first.start["base"], nats)
     kept = f" (from {dataset.ref_files['base']}: delete that file)" if dataset.ref_files else ""
     require_close(f"the reference pass{kept}", batch["ref_logps"], "the reference scored again", reference, nats)
     if trainer.state.global_step > 0:
         return
-    if not trainer.settings.trains_prefix:
+    if settings.starts_as_reference and not settings.trains_prefix:
         require_zero_rewards(trainer, batch | {"ref_logps": reference})
+    elif settings.adapter_path:
+        require_close("the policy", teacher_logps(model, batch["base"]), start, first.start["base"], nats)
     prefixed = teacher_logps(model, batch["pref"])
-    require_close("the policy with the prefix", prefixed, "the base model with it", base_logps["pref"], nats)
+    require_close("the policy with the prefix", prefixed, f"{start} with it", first.start["pref"], nats)
 
 
 def require_zero_rewards(trainer: PreferenceGuidedDPOTrainer, batch: Mapping[str, Any]) -> None:
@@ -2944,7 +3203,7 @@ def memory_problem(args: ScriptArguments, what: str, device: torch.device, model
     changes = [
         f"{name.upper()} (now {json.dumps(getattr(args, name), ensure_ascii=False)}): {remedies[name][0]}"
         for name in names
-        if remedies[name][1]
+        if remedies[name][1] and name not in args.not_used
     ]
     return f"{what}. Change, largest effect first: {'; '.join(changes)}"
 
@@ -3019,7 +3278,7 @@ class RunCallback(TrainerCallback):
             release_shared_memory(args.process_index)
         fill_reference_logps(trainer, "train", "base", self.cache)
         fill_reference_logps(trainer, "test", "base", self.cache)
-        if args.eval_on_start:
+        if args.eval_on_start and trainer.settings.starts_as_reference:
             fill_reference_logps(trainer, "test", "pref", self.cache)
         self.parameters_at_start = {}
         check_before_training(trainer)
@@ -3046,7 +3305,7 @@ class RunCallback(TrainerCallback):
         self.trainer.log({PEAK_MEMORY: peak_memory(args.device)})
         if state.is_world_process_zero:
             prompts = [pair.source.prompt for pair in self.trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
-            with self.trainer.model.disable_adapter():  # again the model that it was
+            with adapter_weights(self.trainer.model, self.trainer.start_weights):  # again the model that it was
                 before = self.answers(self.prompt_at_start)
             answers = (*before, *self.answers(self.trainer.soft_prompt))
             header = [f"{moment}{prefix}" for moment in ("before", "after") for prefix in ("", ", with the prefix")]
@@ -3177,7 +3436,7 @@ def merge_policy(trainer: PreferenceGuidedDPOTrainer, folder: Path) -> None:
     Raises:
         SelfCheckError: a file differs from the model, or the merged weights score otherwise than the policy.
     """
-    model, size = trainer.model, len(trainer.base_logps["base"])
+    model, size = trainer.model, len(trainer.first_scores.start["base"])
     batch = trainer._prepare_inputs(first_batch(trainer.eval_dataset, size))
     policy = teacher_logps(model, batch["base"])
     merged = model.merge_and_unload()
@@ -3360,6 +3619,7 @@ def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]
         "train_dataset_path",
         "test_dataset_path",
         "prompt_embedding_path",
+        "adapter_path",
         *args.not_used,
     )
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
@@ -3369,6 +3629,9 @@ def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]
     if args.prompt_embedding_path:
         file = soft_prompt_file(expanded(args.prompt_embedding_path))
         digests["the soft prompt"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    if args.adapter_path:
+        content = b"".join(file.read_bytes() for file in adapter_files(args.adapter_path))
+        digests["the adapter of ADAPTER_PATH"] = hashlib.sha256(content).hexdigest()
     return settings | {"ranks": devices.ranks, "device": "gpu" if devices.on_gpu else "cpu", "content": digests}
 
 
@@ -3446,8 +3709,9 @@ def output_problems(args: ScriptArguments) -> list[str]:
         return []
     if folder.is_mount():
         return [f"{where}: holds a run and is a mount point, which cannot be moved aside; name a folder in it"]
-    named = [path for path in (args.policy_model_path, args.prompt_embedding_path, args.ds_config_path) if path]
-    inputs = [Path.cwd(), PROJECT_DIR, *map(os.path.expanduser, named), *args.dataset_paths.values()]
+    names = (args.policy_model_path, args.prompt_embedding_path, args.adapter_path, args.ds_config_path)
+    named = map(os.path.expanduser, filter(None, names))
+    inputs = [Path.cwd(), PROJECT_DIR, *named, *args.dataset_paths.values()]
     # A link in the folder counts as well as what lies in it: both would be gone from where they were named.
     inside = [
         path
@@ -3598,9 +3862,11 @@ def check_inputs(
     ):
         problems += check(concerns, function, argument) or []
     config = check({"policy_model_path"}, local_config, args.policy_model_path)
+    lora = {"lora_dropout", "adapter_path"} if args.adapter_path else {"lora_dropout", *LORA_SHAPE}
     if config is not None and not args.trains_prefix:
-        lora = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
         check(lora, lambda: add_adapter(lay_out(config), args))
+    elif args.adapter_path:
+        check(lora, read_adapter, args.adapter_path, args.lora_dropout)
     devices = check(
         {"gpu_nodes", "cpu_ranks"}, lambda: resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus())
     )
@@ -3618,7 +3884,12 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
     """What the run will do, for a person to read before it starts."""
     pairs_per_update = devices.ranks * args.gradient_accum_steps
     updates = math.ceil(args.num_epochs * math.ceil(reports["train"].usable / pairs_per_update))
-    trained = "the soft prompt, the model is frozen" if args.trains_prefix else f"LoRA, r {args.lora_r}"
+    trained = "the soft prompt, the model is frozen" if args.trains_prefix else describe_adapter(args)
+    kept = (
+        f"log-probabilities kept in {args.reference_cache_path}"
+        if args.reference_cache_path
+        else "log-probabilities computed for this run only (REFERENCE_CACHE=off)"
+    )
     data = {split: f"{r.path}, {r.usable} pairs (dropped: {r.describe_dropped()})" for split, r in reports.items()}
     lines = {
         "mode": args.training_mode + ("" if "pref" in args.conditions else ", but ALPHA is 0: plain DPO"),
@@ -3634,9 +3905,7 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
         + ("" if args.trains_prefix else f", α {args.alpha:g}"),
         "trained": f"{trained}, learning rate {args.peak_learning_rate:g}",
         "devices": f"{devices}, {str(precision_dtype(args.precision, devices.on_gpu)).removeprefix('torch.')}",
-        "reference": f"log-probabilities kept in {args.reference_cache_path}"
-        if args.reference_cache_path
-        else "log-probabilities computed for this run only (REFERENCE_CACHE=off)",
+        "reference": f"{describe_reference(args)}; {kept}" if args.adapter_path else kept,
         "output": describe_output(args),
         "TensorBoard": args.log_dir,
     }
@@ -3646,8 +3915,27 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
         lines["notice"] = f"only {updates} updates: {lower}raise NUM_EPOCHS for ten"
     idle = [name for name in args.not_used if getattr(args, name) != getattr(ScriptArguments, name)]
     if idle:
-        lines["not used"] = f"{', '.join(map(str.upper, idle))} (no part in {args.training_mode} mode)"
+        why = f"no part in {args.training_mode} mode" + (", or the adapter's own count" if args.adapter_path else "")
+        lines["not used"] = f"{', '.join(map(str.upper, idle))} ({why})"
     return "\n".join(f"  {name:<17} {text}" for name, text in lines.items())
+
+
+def describe_adapter(args: ScriptArguments) -> str:
+    """The LoRA adapter that is trained, in the plan."""
+    if not args.adapter_path:
+        return f"LoRA, r {args.lora_r}"
+    settings = adapter_settings(args.adapter_path)
+    base, model = settings.get("base_model_name_or_path"), args.policy_model_path or str(BUNDLED_MODEL_DIR)
+    same = base and (base == model or expanded(base).resolve() == expanded(model).resolve())
+    other = "" if same else f"; it was made for {base or 'a model that it does not name'}: be sure that it is this one"
+    return f"the LoRA adapter in {args.adapter_path} (r {settings['r']}, α {settings['lora_alpha']}){other}"
+
+
+def describe_reference(args: ScriptArguments) -> str:
+    """What the DPO reference is, where an adapter is continued."""
+    if args.starts_as_reference:
+        return f"the adapter in {args.adapter_path} as it is at the start"
+    return "the base model, adapter off"
 
 
 def describe_prefix(args: ScriptArguments) -> str:
@@ -3809,7 +4097,9 @@ def train(
     model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
     weights = weights_digest(model)
     identity = reference_identity(model, weights, hf_args.device)
-    policy, soft_prompt, base_logps = build_policy_in_memory(args, model, hf_args.device, start, datasets["train"])
+    policy, soft_prompt, first_scores = build_policy_in_memory(args, model, hf_args.device, start, datasets["train"])
+    if args.adapter_path and args.starts_as_reference:
+        identity["adapter"] = adapter_identity(policy)
     cache = ReferenceCache(args.reference_cache_path, identity, weights_digest(soft_prompt) if soft_prompt else "")
     used = fitting_settings(args, hf_args, policy, datasets["train"])
     if used.pairs_per_forward < args.pairs_per_forward:
@@ -3819,7 +4109,7 @@ def train(
         content = {"the base model": weights, "what the tokenizer makes": tokens}
         locks, earlier = take_folders(args, devices, content)
     trainer = PreferenceGuidedDPOTrainer(
-        policy, hf_args, used, datasets["train"], datasets["test"], tokenizer, base_logps, soft_prompt
+        policy, hf_args, used, datasets["train"], datasets["test"], tokenizer, first_scores, soft_prompt
     )
     trainer.add_callback(RunCallback(trainer, cache))
     trainer.add_callback(TagCallback(args.log_path, hyperparameters(args)))
@@ -3924,10 +4214,10 @@ def build_policy(
     model: PreTrainedModel,
     start: torch.Tensor | list[int] | None,
     dataset: PairDataset,
-) -> tuple[PeftModel, nn.Embedding | None, dict[str, torch.Tensor]]:
-    """What is trained, its soft prompt, and the base model's log-probabilities (P, 2) of the first training pairs.
+) -> tuple[PeftModel, nn.Embedding | None, FirstScores]:
+    """What is trained, its soft prompt, and the first training pairs' log-probabilities before anything is trained.
 
-    The latter, plain ("base") and with the prefix ("pref"), are checked against the model's own forward.
+    The base model's are checked against its own forward.
 
     Args:
         model: the base model, on its device.
@@ -3943,19 +4233,22 @@ def build_policy(
         soft_prompt = soft_prompt_from(model, start)
     enable_packed_forward(model, soft_prompt)
     batch = first_batch(dataset, min(args.pairs_per_forward, CHECKED_PAIRS))
-    base_logps = {condition: teacher_logps(model, batch[condition].to(model.device)) for condition in ("base", "pref")}
+    rows = {condition: batch[condition].to(model.device) for condition in ("base", "pref")}
+    base_logps = {condition: teacher_logps(model, row) for condition, row in rows.items()}
     compared = {condition: logps[:COMPARED_PAIRS] for condition, logps in base_logps.items()}
     check_packed_forward(model, dataset.pairs[: len(compared["base"])], compared, soft_prompt)
     if args.trains_prefix:
-        return add_soft_prompt(model, soft_prompt), soft_prompt, base_logps
-    policy = add_adapter(model, args)
+        return add_soft_prompt(model, soft_prompt), soft_prompt, FirstScores(base_logps, base_logps)
+    policy, start_logps = add_adapter(model, args), base_logps
+    if args.adapter_path:
+        start_logps = {condition: teacher_logps(policy, row) for condition, row in rows.items()}
     speed_up_adapter(policy, args.gradient_checkpointing)
-    return policy, soft_prompt, base_logps
+    return policy, soft_prompt, FirstScores(base_logps, start_logps)
 
 
 def build_policy_in_memory(
     args: ScriptArguments, model: PreTrainedModel, device: torch.device, start: Any, dataset: PairDataset
-) -> tuple[PeftModel, nn.Embedding | None, dict[str, torch.Tensor]]:
+) -> tuple[PeftModel, nn.Embedding | None, FirstScores]:
     """`build_policy` with the model moved to its device.
 
     Raises:
