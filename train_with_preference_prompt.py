@@ -7,6 +7,8 @@ embeddings (mode `embedding`), which mode `ptuning` trains while the model stays
 
 Run it through ``./fast_train.sh``, which fills in these flags and starts
 ``deepspeed --include=localhost:0 train_with_preference_prompt.py --train_dataset_path pairs.jsonl …``.
+``python train_with_preference_prompt.py --evaluate_only --adapter_path … --test_dataset_path held_out.jsonl`` scores
+what was trained.
 
 The data's path:  rows → prefix → tokens → packed row → log-probs → loss → metrics → files
 
@@ -15,6 +17,7 @@ Shape legend:     P pairs in a batch · A = 2P answers · T tokens in the packed
 Log-probabilities and their sums are in nats, fp32.
 """
 
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -258,6 +261,11 @@ class ScriptArguments:
     master_addr: str = setting("", "Address of the first node.")
     preset: str = setting("", "A named set of β and α.")
     plan: bool = setting(False, "Check everything, print the plan and the devices, and stop.")
+    # --- instead of training
+    evaluate_only: bool = setting(
+        False, "Score the test data with the adapter in adapter_path (empty: with the model alone), and train nothing."
+    )
+    evaluation_file: str = setting("", "JSON file, not there yet, for what evaluate_only found.")
 
     @property
     def forwards_per_update(self) -> int:
@@ -271,10 +279,20 @@ class ScriptArguments:
 
     @property
     def not_used(self) -> tuple[str, ...]:
-        """The settings that have no part in this mode."""
+        """The settings that have no part in this mode, or in an evaluation."""
+        if self.evaluate_only:
+            of_text = () if self.training_mode == "text" else ("preference_text",)
+            return NOT_USED["evaluation"] + of_text + (() if self.adapter_path else ("beta",))
         random_start = self.trains_prefix and self.prompt_init == "random"
         of_adapter = LORA_SHAPE if self.adapter_path and not self.trains_prefix else ()
         return NOT_USED[self.training_mode] + (("preference_text",) if random_start else ()) + of_adapter
+
+    @property
+    def soft_prompt_setting(self) -> str:
+        """The setting that names the soft prompt which guides; empty where none is read."""
+        if self.training_mode == "embedding":
+            return "prompt_embedding_path"
+        return "adapter_path" if self.evaluate_only and self.trains_prefix else ""
 
     @property
     def starts_as_reference(self) -> bool:
@@ -342,6 +360,13 @@ NOT_USED = {
     "text": PTUNING_ONLY,
     "embedding": ("preference_text", *PTUNING_ONLY),
     "ptuning": ("alpha", "learning_rate", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    "evaluation": (
+        *PTUNING_ONLY,
+        *("train_dataset_path", "alpha", "loss_type", "label_smoothing", "learning_rate", "lr_scheduler_type"),
+        *("warmup_ratio", "weight_decay", "max_grad_norm", "num_epochs", "gradient_accum_steps", "seed"),
+        *("gradient_checkpointing", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "eval_steps"),
+        *("output_dir", "log_dir", "resume", "overwrite", "reference_cache", "cpu_ranks", "ds_config"),
+    ),
 }
 
 LORA_SHAPE = ("lora_r", "lora_alpha", "lora_target_modules")  # with ADAPTER_PATH they are the adapter's own
@@ -395,6 +420,7 @@ PATHS = (
     "log_dir",
     "reference_cache",
     "ds_config",
+    "evaluation_file",
 )
 
 
@@ -463,6 +489,16 @@ def path_problems(args: ScriptArguments) -> list[str]:
 def adapter_problems(args: ScriptArguments) -> list[str]:
     """Why ADAPTER_PATH and ADAPTER_REFERENCE do not go with each other or with the mode."""
     path, reference = (describe(name, getattr(args, name)) for name in ("adapter_path", "adapter_reference"))
+    if args.evaluate_only:
+        if args.trains_prefix and not args.adapter_path:
+            return [
+                f"{path}, but TRAINING_MODE is 'ptuning': name the folder of the soft prompt that is to be evaluated"
+            ]
+        if args.adapter_reference == "adapter":
+            return [
+                f"{reference}: an evaluation compares with the model without its adapter; set it to base or empty it"
+            ]
+        return []
     if args.adapter_path and args.trains_prefix:
         return [
             f"{path}: TRAINING_MODE=ptuning freezes the model, so that no adapter can be continued; empty it, or, to "
@@ -517,7 +553,12 @@ def argument_problems(args: ScriptArguments) -> list[str]:
             f"{args.loss_type!r}; set the one to 0 or the other to robust"
         )
     problems += adapter_problems(args)
-    if args.resume and args.overwrite:
+    if args.evaluation_file and not args.evaluate_only:
+        problems.append(
+            f"{describe('evaluation_file', args.evaluation_file)}: only --evaluate_only writes it; add that, or leave "
+            "it out"
+        )
+    if args.resume and args.overwrite and not args.evaluate_only:
         problems.append(f"{describe('resume', True)}, and so is OVERWRITE: set one of them to false")
     return problems
 
@@ -730,11 +771,12 @@ class Prefix:
         return f"{self.text}\n\n{prompt}" if self.text else prompt
 
 
+SOFT_PROMPT_KINDS = ("PROMPT_TUNING", "P_TUNING")  # PEFT's names
 SOFT_PROMPT_KEY = re.compile(r"prompt_embeddings|embeddings|weight|(.+\.)?prompt_encoder\.[^.]+\.embedding\.weight")
 REPARAMETERISED = re.compile(r"(.+\.)?prompt_encoder\.[^.]+\.(mlp_head|lstm_head)\.")
 
 
-def read_soft_prompt(path: str, hidden_size: int | None) -> torch.Tensor | None:
+def read_soft_prompt(path: str, hidden_size: int | None, name: str = "prompt_embedding_path") -> torch.Tensor | None:
     """The soft prompt (K, H), fp32, in a tensor file or a PEFT prompt-tuning folder; no code in it is run.
 
     Args:
@@ -742,6 +784,7 @@ def read_soft_prompt(path: str, hidden_size: int | None) -> torch.Tensor | None:
             own key, or as its only floating-point tensor of that shape; written by torch.save or as .safetensors.
         hidden_size: H of the model. Where it is not known yet (None), any is accepted, and a file in which only H
             could tell the soft prompt from other tensors gives None.
+        name: the setting that names the path, for an error.
 
     Raises:
         InputError: naming the file, what was found in it and what was expected.
@@ -752,7 +795,7 @@ def read_soft_prompt(path: str, hidden_size: int | None) -> torch.Tensor | None:
             return None
         return as_soft_prompt(pick_soft_prompt(found, hidden_size), hidden_size)
     except (ValueError, OSError, RuntimeError) as error:
-        raise InputError(f"{describe('prompt_embedding_path', path)}: {error}") from None
+        raise InputError(f"{describe(name, path)}: {error}") from None
 
 
 def soft_prompt_file(path: Path) -> Path:
@@ -766,7 +809,7 @@ def soft_prompt_file(path: Path) -> Path:
         kind = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))["peft_type"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"that folder has no {ADAPTER_CONFIG} of a PEFT prompt-tuning adapter{hint}") from None
-    if kind not in ("PROMPT_TUNING", "P_TUNING"):
+    if kind not in SOFT_PROMPT_KINDS:
         raise ValueError(f"that folder holds a {shortened(repr(kind))} adapter, not one of prompt tuning{hint}")
     files = [path / name for name in ADAPTER_FILES if (path / name).is_file()]
     if not files:
@@ -1704,10 +1747,8 @@ def context_limits(config) -> dict[str, int]:
 def prefix_problems(config, args: ScriptArguments, num_virtual_tokens: int) -> list[str]:
     """Why a soft prompt alone does not fit the model."""
     where = describe("num_virtual_tokens", num_virtual_tokens)
-    if args.training_mode == "embedding":
-        where = (
-            f"{describe('prompt_embedding_path', args.prompt_embedding_path)}: holds {num_virtual_tokens} embeddings"
-        )
+    if name := args.soft_prompt_setting:
+        where = f"{describe(name, getattr(args, name))}: holds {num_virtual_tokens} embeddings"
     return [
         f"{where}: they leave no room in the model's {what} of {limit} tokens; use a shorter soft prompt"
         for what, limit in context_limits(config).items()
@@ -1723,6 +1764,8 @@ def context_problems(config, args: ScriptArguments, prefix: Prefix, pairs: Seque
         "embedding": f"PROMPT_EMBEDDING_PATH with {prefix.num_virtual_tokens} embeddings",
         "ptuning": f"NUM_VIRTUAL_TOKENS {prefix.num_virtual_tokens}",
     }[args.training_mode]
+    if args.soft_prompt_setting == "adapter_path":
+        name = f"ADAPTER_PATH with {prefix.num_virtual_tokens} embeddings"
     return [
         f"MAX_LENGTH (--max_length) is {args.max_length}: with the prefix ({name}) a sequence has {longest} tokens, "
         f"but the model's {what} is {limit}; lower MAX_LENGTH or use a shorter prefix"
@@ -1842,8 +1885,8 @@ def adapter_refusal(settings: Mapping[str, Any]) -> str | None:
     """Why an adapter with these settings cannot be continued."""
     kind, task, start = (settings.get(name) for name in ("peft_type", "task_type", "init_lora_weights"))
     if kind != "LORA":
-        soft = kind in ("PROMPT_TUNING", "P_TUNING")
-        use = "name it in PROMPT_EMBEDDING_PATH with TRAINING_MODE=embedding" if soft else "name a LoRA adapter"
+        soft = "name it in PROMPT_EMBEDDING_PATH with TRAINING_MODE=embedding"
+        use = soft if kind in SOFT_PROMPT_KINDS else "name a LoRA adapter"
         return f"it is a {shortened(repr(kind))} adapter, and only LoRA can be continued; {use}"
     if task not in (None, "CAUSAL_LM"):
         return f"it was trained for the task {shortened(repr(task))}; name one of a causal language model (CAUSAL_LM)"
@@ -3313,7 +3356,169 @@ class RunCallback(TrainerCallback):
 
 
 # ======================================================================================================================
-# 14 · Saving — adapter, merged weights, soft prompt, model card; what was written is opened again and compared.
+# 14 · Evaluation — what a saved adapter is worth on a data set: shares with their intervals, beside what length gives.
+# ======================================================================================================================
+
+Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+EVALUATION_SETTINGS = ("preference_text", "beta", "max_length", "max_prompt_length")  # on which the figures depend
+# Chosen less rejected answer in tokens: the largest difference of each bin but the last, and the bins' names.
+LENGTH_BOUNDS = (-51, -11, 10, 50)
+LENGTH_BINS = ("shorter by > 50", "shorter by 11 to 50", "within 10", "longer by 11 to 50", "longer by > 50")
+
+
+def wilson_interval(count: int, of: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share `count` / `of` (E. B. Wilson, J. Am. Stat. Assoc. 22 (1927), 209–212)."""
+    squared = Z_95**2
+    centre = (count + squared / 2) / (of + squared)
+    half = Z_95 / (of + squared) * math.sqrt(count * (of - count) / of + squared / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def share_of(hits: torch.Tensor) -> dict[str, float]:
+    """The share of pairs (N,) that are hits, with its interval."""
+    count, of = int(hits.sum()), len(hits)
+    low, high = wilson_interval(count, of)
+    return {"share": count / of, "low": low, "high": high, "count": count, "of": of}
+
+
+def length_baseline(differences: torch.Tensor) -> dict[str, Any]:
+    """What is right when only the answers' lengths decide, by the better of the two rules; a tie is not right.
+
+    Args:
+        differences: tokens of the chosen less those of the rejected answer, (N,).
+    """
+    rules = {"longer": share_of(differences > 0), "shorter": share_of(differences < 0)}
+    better = max(rules, key=lambda rule: rules[rule]["count"])
+    return {**rules, "same": share_of(differences == 0), "better": better}
+
+
+def of_condition(logps: torch.Tensor, reference: torch.Tensor | None, beta: float) -> dict[str, Any]:
+    """Margins, and against a reference rewards, of log-probabilities (N, 2) in one condition; ties are not right."""
+    margins = margins_of(logps)
+    found = {"margin": margins.double().mean().item(), "margin_above_0": share_of(margins > 0)}
+    if reference is not None:
+        rewards = reward_metrics(logps, reference, beta)
+        found["reward_accuracy"] = share_of(rewards.pop("accuracy") > 0)
+        found |= {name: values.double().mean().item() for name, values in rewards.items()}
+    return found
+
+
+def score_dataset(
+    args: ScriptArguments, policy: PeftModel | PreTrainedModel, dataset: PairDataset, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Log-probabilities (N, 2) plain ("base"), with the prefix ("pref") and, of an adapter, by its "reference".
+
+    The pairs share forwards as in a training run's evaluation, so that even rounding is the same.
+    """
+    scorers: dict[str, Callable[[Mapping[str, Any]], torch.Tensor]] = {
+        "base": lambda batch: teacher_logps(policy, batch["base"]),
+        "pref": lambda batch: teacher_logps(policy, batch["pref"]),
+        "reference": lambda batch: reference_logps(policy, batch["base"]),
+    }
+    if not args.adapter_path:
+        del scorers["reference"]
+    elif args.trains_prefix:
+        del scorers["base"]  # it is the reference
+    scores = {name: torch.full((len(dataset), 2), math.nan) for name in scorers}
+    loader = PairLoader(dataset, PairSampler(dataset.lengths, len(dataset), args.pairs_per_forward))
+    for batch in tqdm(loader, desc="scoring", leave=False):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        for name, score in scorers.items():
+            scores[name][batch["indices"].cpu()] = score(batch).cpu()
+    return {"base": scores.get("reference"), **scores}
+
+
+def require_finite_scores(scores: Mapping[str, torch.Tensor], dataset: PairDataset) -> None:
+    """Raises RunError where log-probabilities are not finite: the rows."""
+    broken = torch.stack([~logps.isfinite().all(dim=1) for logps in scores.values()]).any(dim=0).nonzero().flatten()
+    if len(broken):
+        rows = describe_rows([dataset.pairs[index].source.row for index in broken.tolist()])
+        raise RunError(
+            f"log-probabilities are not finite for {rows} of the test data; look at the pairs, or the weights"
+        )
+
+
+def evaluation_results(
+    args: ScriptArguments, scores: Mapping[str, torch.Tensor], dataset: PairDataset
+) -> dict[str, Any]:
+    """Everything that an evaluation reports.
+
+    Args:
+        scores: as `score_dataset` gives them.
+    """
+    plain, prefixed, reference = scores["base"], scores["pref"], scores.get("reference")
+    judged = prefixed if args.trains_prefix else plain  # what the adapter was trained for
+    differences = torch.tensor([len(pair.chosen_ids) - len(pair.rejected_ids) for pair in dataset.pairs])
+    rewards = {} if reference is None else reward_metrics(judged, reference, args.beta)
+    right = margins_of(judged) > 0 if reference is None else rewards["accuracy"] > 0
+    bins = torch.tensor([bisect.bisect_left(LENGTH_BOUNDS, difference) for difference in differences.tolist()])
+    sums = MetricSums()
+    sums.add(rewards | condition_metrics(plain, prefixed), torch.ones(len(plain)))
+    means, *_ = sums.means()
+    accuracy, length = share_of(right), length_baseline(differences)
+    return {
+        "pairs": len(plain),
+        "plain": of_condition(plain, None if args.trains_prefix else reference, args.beta),
+        "with_prefix": of_condition(prefixed, reference, args.beta),
+        "pref_advantage_ratio": means["pref_advantage_ratio"],
+        "accuracy": accuracy,
+        "length_only": length,
+        "accuracy_by_length_difference": {
+            name: share_of(right[bins == number]) if (bins == number).any() else None
+            for number, name in enumerate(LENGTH_BINS)
+        },
+        "remarks": evaluation_remarks(accuracy, length),
+        "metrics": tagged(means, split=1),
+    }
+
+
+def evaluation_remarks(accuracy: Mapping[str, float], length: Mapping[str, Any]) -> list[str]:
+    """What an accuracy does not show: that it is better than a coin, or than the answers' lengths alone."""
+    rule = length["better"]
+    yardsticks = {"a coin": 0.5, f"always taking the {rule} answer": length[rule]["share"]}
+    interval = f"{accuracy['share']:.3f} ({accuracy['low']:.3f} to {accuracy['high']:.3f})"
+    return [
+        f"accuracy {interval} is {'not shown to be better' if value <= accuracy['high'] else 'worse'} than {what} "
+        f"({value:.3f}) on these pairs"
+        for what, value in yardsticks.items()
+        if accuracy["low"] <= value
+    ]
+
+
+def evaluation_table(results: Mapping[str, Any]) -> str:
+    """The results for a person; shares with their 95 % intervals."""
+
+    def shown(value: float | Mapping[str, float] | None) -> str:
+        if not isinstance(value, Mapping):
+            return "–" if value is None else f"{value:.4f}"
+        return f"{value['share']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+
+    rows = {
+        "reward accuracy": "reward_accuracy",
+        "reward margin": "reward_margin",
+        "reward of the chosen": "chosen_reward",
+        "reward of the rejected": "rejected_reward",
+        "margin, nats": "margin",
+        "margin above 0": "margin_above_0",
+    }
+    length, conditions = results["length_only"], (results["plain"], results["with_prefix"])
+    lines = [("", "plain", "with the prefix")]
+    lines += [
+        (name, *(shown(condition.get(key)) for condition in conditions))
+        for name, key in rows.items()
+        if key in conditions[1]
+    ]
+    lines += [("preference-advantage ratio", "", shown(results["pref_advantage_ratio"])), ("", "", "")]
+    lines += [("length alone", shown(length[length["better"]]), f"always the {length['better']} answer"), ("", "", "")]
+    lines.append(("chosen answer, in tokens", "accuracy", "pairs"))
+    by_length = results["accuracy_by_length_difference"].items()
+    lines += [(f"  {name}", shown(share), str(share["of"] if share else 0)) for name, share in by_length]
+    text = "\n".join(f"{name:<28}{first:<26}{second}".rstrip() for name, first, second in lines)
+    return "\n".join([text, *(f"note: {remark}" for remark in results["remarks"])])
+
+
+# ======================================================================================================================
+# 15 · Saving — adapter, merged weights, soft prompt, model card; what was written is opened again and compared.
 # ======================================================================================================================
 
 
@@ -3529,7 +3734,7 @@ torch {torch.__version__}, transformers {transformers.__version__}
 
 
 # ======================================================================================================================
-# 15 · Plan — devices, output folder, everything that can be checked before anything is loaded; what will be done.
+# 16 · Plan — devices, output folder, everything that can be checked before anything is loaded; what will be done.
 # ======================================================================================================================
 
 
@@ -3721,6 +3926,61 @@ def output_problems(args: ScriptArguments) -> list[str]:
     return [f"{where}: the run in it must make way, but {path} lies in it; name another folder" for path in inside]
 
 
+def evaluation_file_problems(args: ScriptArguments) -> list[str]:
+    """Why the results of an evaluation cannot be written without losing something."""
+    if not args.evaluation_file:
+        return []
+    path = expanded(args.evaluation_file)
+    if os.path.lexists(path):
+        return [f"{describe('evaluation_file', args.evaluation_file)}: is there already; name another or remove it"]
+    return folder_problems("evaluation_file", path.parent, args.evaluation_file)
+
+
+def evaluation_settings(args: ScriptArguments) -> ScriptArguments:
+    """The settings of an evaluation, with the mode and the base model that the adapter brings where none is named.
+
+    Raises:
+        InputError: there is no such adapter, it does not go with the mode, or its base model is not here.
+    """
+    if not args.adapter_path:
+        return args
+    where = describe("adapter_path", args.adapter_path)
+    try:
+        settings = adapter_settings(args.adapter_path)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    is_soft_prompt, base = settings["peft_type"] in SOFT_PROMPT_KINDS, settings.get("base_model_name_or_path") or ""
+    if is_soft_prompt and args.training_mode == "embedding":
+        raise InputError(f"{where}: is a soft prompt itself, beside that of TRAINING_MODE=embedding; set it to ptuning")
+    if args.trains_prefix and not is_soft_prompt:
+        raise InputError(f"{where}: is no soft prompt, but TRAINING_MODE is 'ptuning'; set it to text or embedding")
+    if not args.policy_model_path and not Path(str(base), "config.json").is_file():
+        raise InputError(
+            f"{describe('policy_model_path', '')}, and the base model that the adapter names, {shortened(repr(base))}, "
+            "is no model folder here; name the base model's folder or hub id"
+        )
+    mode = "ptuning" if is_soft_prompt else args.training_mode
+    return dataclasses.replace(args, training_mode=mode, policy_model_path=args.policy_model_path or base)
+
+
+def run_differences(args: ScriptArguments) -> list[str]:
+    """Settings in which the run that made the adapter differs from the evaluation, so that its figures differ too."""
+    try:
+        made_with = json.loads((expanded(args.adapter_path) / RUN_SETTINGS).read_text(encoding="utf-8"))
+        recorded = dict(made_with)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return []  # not made by this program
+    compared = [name for name in EVALUATION_SETTINGS if name not in args.not_used]
+    found = [
+        f"{name.upper()} {shortened(repr(recorded[name]))}, not {shortened(repr(getattr(args, name)))}"
+        for name in compared
+        if name in recorded and recorded[name] != getattr(args, name)
+    ]
+    if recorded.get("adapter_reference") == "adapter":
+        found.append("ADAPTER_REFERENCE 'adapter': its rewards were counted from the adapter that it started from")
+    return found
+
+
 def cache_problems(args: ScriptArguments) -> list[str]:
     """Why the folder that REFERENCE_CACHE names cannot be used; the default one is tried, and not needed."""
     folder, value = args.reference_cache_path, args.reference_cache
@@ -3823,8 +4083,8 @@ def soft_prompt_size(args: ScriptArguments) -> int | None:
         InputError: it cannot be read, or does not fit the model as far as that is here.
     """
     config, size = local_config(args.policy_model_path), args.num_virtual_tokens
-    if args.training_mode == "embedding":
-        embeddings = read_soft_prompt(args.prompt_embedding_path, embedding_size(config) if config else None)
+    if name := args.soft_prompt_setting:
+        embeddings = read_soft_prompt(getattr(args, name), embedding_size(config) if config else None, name)
         size = None if embeddings is None else len(embeddings)
     problems = prefix_problems(config, args, size) if config and size else []
     if problems:
@@ -3854,26 +4114,33 @@ def check_inputs(
         wrong.update(concerns if failed else ())
         return found
 
-    for concerns, function, argument in (
-        ({"policy_model_path"}, model_problems, args.policy_model_path),
+    of_training = (
         ({"output_dir", "log_dir", "resume"}, output_problems, args),
         ({"reference_cache", "output_dir"}, cache_problems, args),
         ({"ds_config"}, ds_config_problems, args),
+    )
+    of_evaluation = (({"evaluation_file"}, evaluation_file_problems, args),)
+    for concerns, function, argument in (
+        ({"policy_model_path"}, model_problems, args.policy_model_path),
+        *(of_evaluation if args.evaluate_only else of_training),
     ):
         problems += check(concerns, function, argument) or []
     config = check({"policy_model_path"}, local_config, args.policy_model_path)
     lora = {"lora_dropout", "adapter_path"} if args.adapter_path else {"lora_dropout", *LORA_SHAPE}
-    if config is not None and not args.trains_prefix:
+    if args.trains_prefix or (args.evaluate_only and not args.adapter_path):
+        pass  # no LoRA adapter
+    elif config is not None:
         check(lora, lambda: add_adapter(lay_out(config), args))
     elif args.adapter_path:
         check(lora, read_adapter, args.adapter_path, args.lora_dropout)
     devices = check(
         {"gpu_nodes", "cpu_ranks"}, lambda: resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus())
     )
-    read = {split: check({f"{split}_dataset_path"}, read_pairs, path) for split, path in args.dataset_paths.items()}
+    paths = {split: path for split, path in args.dataset_paths.items() if split == "test" or not args.evaluate_only}
+    read = {split: check({f"{split}_dataset_path"}, read_pairs, path) for split, path in paths.items()}
     if args.training_mode == "embedding" or (args.trains_prefix and not problems):
-        check({"prompt_embedding_path", "policy_model_path"}, soft_prompt_size, args)
-    if args.resume and not problems:
+        check({args.soft_prompt_setting, "policy_model_path"}, soft_prompt_size, args)
+    if args.resume and not args.evaluate_only and not problems:
         check(set(), lambda: require_same_settings(args, recorded_settings(args, devices)))
     if problems:
         raise InputError(*problems)
@@ -3920,6 +4187,29 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
     return "\n".join(f"  {name:<17} {text}" for name, text in lines.items())
 
 
+def describe_evaluation(args: ScriptArguments, devices: Devices, report: DataReport) -> str:
+    """What an evaluation will do, for a person to read before it starts."""
+    adapter, base = args.adapter_path or "none: the model alone", "the base model"
+    lines = {
+        "model": args.policy_model_path or str(BUNDLED_MODEL_DIR),
+        "adapter": f"{args.adapter_path}, a soft prompt" if args.trains_prefix else adapter,
+        "reference": base + (" without the soft prompt" if args.trains_prefix else ", adapter off"),
+        "preference": describe_prefix(args),
+        "test data": f"{report.path}, {report.usable} pairs (dropped: {report.describe_dropped()})",
+        "device": f"{'GPU' if devices.on_gpu else 'CPU'}, {precision_dtype(args.precision, devices.on_gpu)}",
+    }
+    if not args.adapter_path:
+        del lines["reference"]
+    elif not args.trains_prefix:
+        lines["adapter"] = describe_adapter(args)
+    if differences := run_differences(args):
+        lines["notice"] = f"the run that made the adapter had {'; '.join(differences)}"
+    idle = [name for name in args.not_used if getattr(args, name) != getattr(ScriptArguments, name)]
+    if idle:
+        lines["not used"] = f"{', '.join(map(str.upper, idle))} (no part in an evaluation)"
+    return "\n".join(f"  {name:<17} {text}" for name, text in lines.items())
+
+
 def describe_adapter(args: ScriptArguments) -> str:
     """The LoRA adapter that is trained, in the plan."""
     if not args.adapter_path:
@@ -3944,8 +4234,8 @@ def describe_prefix(args: ScriptArguments) -> str:
         return args.preference_text or "(empty: the prefixed prompt is the plain one)"
     size = soft_prompt_size(args)
     soft = f"{size or 'the'} soft embedding{'s' * (size != 1)}"
-    if args.training_mode == "embedding":
-        return f"{soft} from {args.prompt_embedding_path}"
+    if args.soft_prompt_setting:
+        return f"{soft} from {getattr(args, args.soft_prompt_setting)}"
     text = f"the tokens of {args.preference_text!r}, cut or repeated"
     return f"{soft}, to be trained; start: {text if args.prompt_init == 'text' else 'random tokens'}"
 
@@ -4048,7 +4338,7 @@ def unused_path(folder: Path, name: str) -> Path:
 
 
 # ======================================================================================================================
-# 16 · Main — parse, check, build, train, save.
+# 17 · Main — parse, check, build, train, save; or evaluate.
 # ======================================================================================================================
 
 
@@ -4062,6 +4352,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     args, problems = read_arguments(argv)
+    if args.evaluate_only:
+        return evaluate(args, problems)
     # a folder that is moved aside may hold the working folder
     folders = {"output_dir": os.path.abspath(args.output_path), "log_dir": os.path.abspath(args.log_path)}
     if args.reference_cache and args.reference_cache_path:
@@ -4075,6 +4367,75 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(launch_settings(args, devices), flush=True)
         return
     train(args, devices, pairs, reports)
+
+
+def evaluate(args: ScriptArguments, problems: Sequence[str]) -> None:
+    """Scores the test data, in this process alone; writes nothing but EVALUATION_FILE.
+
+    Args:
+        problems: those of the arguments.
+
+    Raises:
+        InputError: the settings, files or data cannot be used.
+    """
+    found, failed = problems_of(evaluation_settings, args)
+    args = found or args
+    devices, pairs, reports = check_inputs(args, [*problems, *failed])
+    print(describe_evaluation(args, devices, reports["test"]), file=sys.stderr, flush=True)
+    if args.plan:
+        return
+    model_path = resolve_model_path(args.policy_model_path)
+    config, tokenizer = load_config_and_tokenizer(model_path, args.policy_model_path)
+    prefix, start = choose_prefix(args, config, tokenizer)
+    dataset = tokenize_datasets(args, config, tokenizer, prefix, pairs, reports)["test"]
+    model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
+    scores = score_in_memory(args, model, evaluation_device(devices), start, dataset)
+    require_finite_scores(scores, dataset)
+    results = evaluation_results(args, scores, dataset)
+    print(evaluation_table(results), flush=True)
+    if args.evaluation_file:
+        path = expanded(args.evaluation_file)
+        kept = {name: value for name, value in dataclasses.asdict(args).items() if name not in args.not_used}
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"settings": kept, "dropped": reports["test"].dropped, **results})
+        print(f"written to {args.evaluation_file}", flush=True)
+
+
+def evaluation_device(devices: Devices) -> torch.device:
+    """The first of the devices, as PyTorch counts those that are visible to it."""
+    if not devices.on_gpu:
+        return torch.device("cpu")
+    number = int(devices.include.partition(":")[2].split(",")[0])
+    return torch.device("cuda", available_gpus().index(number))
+
+
+def score_in_memory(
+    args: ScriptArguments, model: PreTrainedModel, device: torch.device, start: Any, dataset: PairDataset
+) -> dict[str, torch.Tensor]:
+    """`score_dataset` with the adapter put on the model, which is moved to its device; the first pairs are checked.
+
+    Raises:
+        InputError: the model or its forwards do not fit there.
+        SelfCheckError: the packed forward does not give what the model's own forward, or PEFT's adapter, gives.
+    """
+    policy, soft_prompt, first = build_policy_in_memory(args, model, device, start, dataset)
+    if args.adapter_path and not args.trains_prefix:
+        for parameter in policy.parameters():
+            parameter.data = parameter.data.to(model.dtype)  # as the engine held it in training
+        batch = first_batch(dataset, len(first.start["base"]))
+        scored = {condition: teacher_logps(policy, batch[condition].to(device)) for condition in first.start}
+        for condition, logps in scored.items():
+            nats = rounding(model.dtype, dataset.pairs)
+            require_close(f"the policy ({condition})", logps, "PEFT's adapter", first.start[condition], nats)
+        compared = {condition: logps[:COMPARED_PAIRS] for condition, logps in scored.items()}
+        check_packed_forward(policy.get_base_model(), dataset.pairs[: len(compared["base"])], compared, soft_prompt)
+    fit, scores = within_memory(device, lambda: score_dataset(args, policy, dataset, device))
+    if not fit:
+        size = args.pairs_per_forward
+        what = f"{describe('pairs_per_forward', size)}: so many do not fit into memory; lower it"
+        raise InputError(what if size > 1 else memory_problem(args, "one pair does not fit into memory", device))
+    return scores
 
 
 def train(
@@ -4198,8 +4559,8 @@ def choose_prefix(
         InputError: there is no such soft prompt, or it does not fit the model's context.
     """
     start = None
-    if args.training_mode == "embedding":
-        start = read_soft_prompt(args.prompt_embedding_path, embedding_size(config))
+    if name := args.soft_prompt_setting:
+        start = read_soft_prompt(getattr(args, name), embedding_size(config), name)
     elif args.trains_prefix:
         start = initial_ids(args, tokenizer, config)
     prefix = Prefix(args.preference_text) if start is None else Prefix(num_virtual_tokens=len(start))
@@ -4214,22 +4575,22 @@ def build_policy(
     model: PreTrainedModel,
     start: torch.Tensor | list[int] | None,
     dataset: PairDataset,
-) -> tuple[PeftModel, nn.Embedding | None, FirstScores]:
-    """What is trained, its soft prompt, and the first training pairs' log-probabilities before anything is trained.
+) -> tuple[PeftModel | PreTrainedModel, nn.Embedding | None, FirstScores]:
+    """What is trained or evaluated, its soft prompt, and the first pairs' log-probabilities before any training.
 
-    The base model's are checked against its own forward.
+    The base model's are checked against its own forward. An evaluation without an adapter has the model alone.
 
     Args:
         model: the base model, on its device.
-        start: the soft prompt (K, H) of embedding mode, or the K token ids from which P-tuning starts.
+        start: the soft prompt (K, H) that was read, or the K token ids from which P-tuning starts.
 
     Raises:
         SelfCheckError: the packed forward does not give what the model's own forward gives.
     """
     soft_prompt = None
-    if args.training_mode == "embedding":
+    if isinstance(start, torch.Tensor):
         soft_prompt = nn.Embedding.from_pretrained(start).to(model.device)
-    elif args.trains_prefix:
+    elif start is not None:
         soft_prompt = soft_prompt_from(model, start)
     enable_packed_forward(model, soft_prompt)
     batch = first_batch(dataset, min(args.pairs_per_forward, CHECKED_PAIRS))
@@ -4237,6 +4598,8 @@ def build_policy(
     base_logps = {condition: teacher_logps(model, row) for condition, row in rows.items()}
     compared = {condition: logps[:COMPARED_PAIRS] for condition, logps in base_logps.items()}
     check_packed_forward(model, dataset.pairs[: len(compared["base"])], compared, soft_prompt)
+    if args.evaluate_only and not args.adapter_path:
+        return model, soft_prompt, FirstScores(base_logps, base_logps)
     if args.trains_prefix:
         return add_soft_prompt(model, soft_prompt), soft_prompt, FirstScores(base_logps, base_logps)
     policy, start_logps = add_adapter(model, args), base_logps
