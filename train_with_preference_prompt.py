@@ -3502,7 +3502,7 @@ def evaluation_table(results: Mapping[str, Any]) -> str:
         "margin above 0": "margin_above_0",
     }
     length, conditions = results["length_only"], (results["plain"], results["with_prefix"])
-    lines = [("", "plain", "with the prefix")]
+    lines = [(f"{results['pairs']} pairs", "plain", "with the prefix")]
     lines += [
         (name, *(shown(condition.get(key)) for condition in conditions))
         for name, key in rows.items()
@@ -3514,7 +3514,8 @@ def evaluation_table(results: Mapping[str, Any]) -> str:
     by_length = results["accuracy_by_length_difference"].items()
     lines += [(f"  {name}", shown(share), str(share["of"] if share else 0)) for name, share in by_length]
     text = "\n".join(f"{name:<28}{first:<26}{second}".rstrip() for name, first, second in lines)
-    return "\n".join([text, *(f"note: {remark}" for remark in results["remarks"])])
+    intervals = "in brackets: 95 % confidence intervals (Wilson); a tie is never right"
+    return "\n".join([text, intervals, *(f"note: {remark}" for remark in results["remarks"])])
 
 
 # ======================================================================================================================
