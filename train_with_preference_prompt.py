@@ -30,6 +30,7 @@ import gc
 import glob
 import hashlib
 import heapq
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -37,6 +38,7 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import resource
 import shlex
@@ -2005,6 +2007,15 @@ def adapter_identity(policy: PeftModel) -> str:
     return hashlib.sha256(content + json.dumps(scalings, sort_keys=True).encode()).hexdigest()
 
 
+def describe_reference(args: ScriptArguments) -> str:
+    """What the reference of the rewards is."""
+    if args.trains_prefix:
+        return "the same model without the soft prompt"
+    if args.adapter_path and args.starts_as_reference:
+        return f"the adapter in {args.adapter_path} as it is at the start"
+    return "the base model, adapter off"
+
+
 def add_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
     """The base model with the adapter that ADAPTER_PATH names, or with a fresh one, whose B matrices are 0.
 
@@ -3683,20 +3694,89 @@ CARD_WORDS = {
 }
 
 
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "tokenizers")
+CARD_PROMPT = "How do I keep herbs alive on a windowsill?"
+
+
+def card_snippet(base_path: str, folder: str, has_template: bool) -> str:
+    """Python that loads the adapter and answers a question."""
+    text, options = repr(CARD_PROMPT), ""
+    if has_template:
+        text = "tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)"
+        text = f'question = [{{"role": "user", "content": {CARD_PROMPT!r}}}]\ntext = {text}'
+        options = ", add_special_tokens=False"  # the template has them
+    else:
+        text = f"text = {text}"
+    return f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base_model = AutoModelForCausalLM.from_pretrained({base_path!r})
+tokenizer = AutoTokenizer.from_pretrained({base_path!r})
+model = PeftModel.from_pretrained(base_model, {folder!r})
+{text}
+inputs = tokenizer(text, return_tensors="pt"{options})
+outputs = model.generate(**inputs, max_new_tokens=200)
+print(tokenizer.decode(outputs[0], skip_special_tokens=True))"""
+
+
+def card_commands(args: ScriptArguments, base_path: str, folder: str) -> str:
+    """Commands that evaluate what was trained as it was evaluated here, and go on from it."""
+    settings = {"adapter_path": folder, "policy_model_path": base_path, "test_dataset_path": "held_out.jsonl"}
+    if args.training_mode == "embedding":
+        settings |= {"training_mode": "embedding", "prompt_embedding_path": f"{folder}/{SOFT_PROMPT}"}
+    names = [name for name in EVALUATION_SETTINGS if args.training_mode == "text" or name != "preference_text"]
+    settings |= {name: getattr(args, name) for name in names if getattr(args, name) != getattr(ScriptArguments, name)}
+    flags = " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in settings.items())
+    going_on = {"ADAPTER_PATH": folder, "ADAPTER_REFERENCE": "base", "POLICY_MODEL_PATH": base_path}
+    if args.trains_prefix:
+        going_on = {"TRAINING_MODE": "embedding", "PROMPT_EMBEDDING_PATH": f"{folder}/{SOFT_PROMPT}"}
+        going_on |= {"POLICY_MODEL_PATH": base_path}
+    going_on |= {"TRAIN_DATASET_PATH": "pairs.jsonl", "OUTPUT_DIR": "./model_output/next", "LOG_DIR": "./logs/next"}
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in going_on.items())
+    return (
+        f"# score it on held-out pairs; trains nothing\n./fast_train.sh --evaluate_only {flags}\n"
+        f"# train on from it\n{variables} ./fast_train.sh"
+    )
+
+
+def card_training(trainer: PreferenceGuidedDPOTrainer) -> dict[str, Any]:
+    """What the model card says of the training itself: how much, how long, on what, with which versions."""
+    args, state, ranks = trainer.settings, trainer.state, trainer.args.world_size
+    seconds = next((logs["train_runtime"] for logs in reversed(state.log_history) if "train_runtime" in logs), 0.0)
+    speeds = [logs[PAIRS_PER_SECOND_TAG] for logs in state.log_history if PAIRS_PER_SECOND_TAG in logs]
+    on_gpu = trainer.args.device.type == "cuda"
+    device = torch.cuda.get_device_name(trainer.args.device) if on_gpu else f"CPU, {CORES} cores"
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return {
+        "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "reference": describe_reference(args),
+        "updates": f"{state.global_step} ({args.num_epochs:g} epochs)",
+        "pairs per update": f"{ranks * args.gradient_accum_steps} ({ranks} × {args.gradient_accum_steps})",
+        "time": f"{datetime.timedelta(seconds=round(seconds))}" + (" since it was resumed" if args.resume else ""),
+        "pairs per second, median of the updates": f"{torch.tensor(speeds).median():.2f}" if speeds else "none",
+        "peak memory": describe_peak_memory(trainer),
+        "device": f"{ranks} × {device}, {str(trainer.model.get_base_model().dtype).removeprefix('torch.')}",
+        "versions": f"Python {platform.python_version()}, {versions}",
+    }
+
+
 def model_card(trainer: PreferenceGuidedDPOTrainer, base_path: str, reports: Mapping[str, DataReport]) -> str:
-    """The output folder's README.md: data, settings, metrics and how to use the model."""
+    """The output folder's README.md: how to use the model, data, metrics, training and settings."""
     first, last = first_and_last_evaluation(trainer)
-    data = ((split, r.path, r.usable, r.describe_dropped()) for split, r in reports.items())
-    metrics = ((tags[1], f"{first[tags[1]]:.4f}", f"{last[tags[1]]:.4f}") for tags in TAGS.values())
-    settings = [(n, v) for n, v in dataclasses.asdict(trainer.settings).items() if n not in trainer.settings.not_used]
+    args, folder = trainer.settings, trainer.args.output_dir
+    data = ((split, r.path, r.rows, r.usable, r.describe_dropped()) for split, r in reports.items())
+    held_out = (tags[1] for tags in TAGS.values() if tags[1] in first and tags[1] in last)
+    metrics = ((tag, f"{first[tag]:.4f}", f"{last[tag]:.4f}") for tag in held_out)
+    settings = [(n, v) for n, v in dataclasses.asdict(args).items() if n not in args.not_used]
     if trainer.soft_prompt is not None:
         settings.append(("embeddings of the soft prompt", trainer.soft_prompt.num_embeddings))
-    method = "prompt-tuning" if trainer.settings.trains_prefix else "lora"
+    method = "prompt-tuning" if args.trains_prefix else "lora"
     what, how = CARD_WORDS[method]
     return f"""---
 base_model: {json.dumps(base_path)}
 library_name: peft
-tags: [dpo, {method}]
+pipeline_tag: text-generation
+tags: [dpo, preference-guided-dpo, {method}]
 ---
 
 # Preference-guided DPO
@@ -3706,31 +3786,32 @@ tags: [dpo, {method}]
 ## Use
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base_model = AutoModelForCausalLM.from_pretrained({base_path!r})
-tokenizer = AutoTokenizer.from_pretrained({base_path!r})
-model = PeftModel.from_pretrained(base_model, {trainer.args.output_dir!r})
+{card_snippet(base_path, folder, bool(trainer.processing_class.chat_template))}
 ```
 
 {how}
 
+From the folder of the trainer:
+
+```bash
+{card_commands(args, base_path, folder)}
+```
+
 ## Data
 
-{table(("set", "file", "pairs", "dropped"), data)}
+{table(("set", "source", "rows", "pairs used", "dropped"), data)}
 
 ## Held-out metrics
 
 {table(("metric", "start", "end"), metrics)}
 
+## Training
+
+{table(("", ""), card_training(trainer).items())}
+
 ## Settings
 
 {table(("setting", "value"), settings)}
-
-Peak memory of the training: {describe_peak_memory(trainer)}.
-
-torch {torch.__version__}, transformers {transformers.__version__}
 """
 
 
@@ -4190,11 +4271,11 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
 
 def describe_evaluation(args: ScriptArguments, devices: Devices, report: DataReport) -> str:
     """What an evaluation will do, for a person to read before it starts."""
-    adapter, base = args.adapter_path or "none: the model alone", "the base model"
+    adapter = args.adapter_path or "none: the model alone"
     lines = {
         "model": args.policy_model_path or str(BUNDLED_MODEL_DIR),
         "adapter": f"{args.adapter_path}, a soft prompt" if args.trains_prefix else adapter,
-        "reference": base + (" without the soft prompt" if args.trains_prefix else ", adapter off"),
+        "reference": describe_reference(dataclasses.replace(args, adapter_reference="base")),
         "preference": describe_prefix(args),
         "test data": f"{report.path}, {report.usable} pairs (dropped: {report.describe_dropped()})",
         "device": f"{'GPU' if devices.on_gpu else 'CPU'}, {precision_dtype(args.precision, devices.on_gpu)}",
@@ -4204,7 +4285,7 @@ def describe_evaluation(args: ScriptArguments, devices: Devices, report: DataRep
     elif not args.trains_prefix:
         lines["adapter"] = describe_adapter(args)
     if differences := run_differences(args):
-        lines["notice"] = f"the run that made the adapter had {'; '.join(differences)}"
+        lines["notice"] = f"other figures than those of the run that made the adapter: it had {'; '.join(differences)}"
     idle = [name for name in args.not_used if getattr(args, name) != getattr(ScriptArguments, name)]
     if idle:
         lines["not used"] = f"{', '.join(map(str.upper, idle))} (no part in an evaluation)"
@@ -4220,13 +4301,6 @@ def describe_adapter(args: ScriptArguments) -> str:
     same = base and (base == model or expanded(base).resolve() == expanded(model).resolve())
     other = "" if same else f"; it was made for {base or 'a model that it does not name'}: be sure that it is this one"
     return f"the LoRA adapter in {args.adapter_path} (r {settings['r']}, α {settings['lora_alpha']}){other}"
-
-
-def describe_reference(args: ScriptArguments) -> str:
-    """What the DPO reference is, where an adapter is continued."""
-    if args.starts_as_reference:
-        return f"the adapter in {args.adapter_path} as it is at the start"
-    return "the base model, adapter off"
 
 
 def describe_prefix(args: ScriptArguments) -> str:
