@@ -2,6 +2,7 @@
 # Preference-guided DPO: edit the variables below, run ./fast_train.sh, watch TensorBoard.
 # Every variable can also be set in the environment: BETA=0.1 ./fast_train.sh
 # ./fast_train.sh --help explains them; further flags are passed on to train_with_preference_prompt.py.
+# ./fast_train.sh --evaluate_only scores the adapter in ADAPTER_PATH on TEST_DATASET_PATH and trains nothing.
 set -euo pipefail
 
 # ---- what to train ----------------------------------------------------------------------------------------------
@@ -58,13 +59,15 @@ HOSTFILE="${HOSTFILE:-}"
 NODE_RANK="${NODE_RANK:-}"
 MASTER_ADDR="${MASTER_ADDR:-}"
 LOAD_IN_4BIT="${LOAD_IN_4BIT:-false}"
-ADAPTER_PATH="${ADAPTER_PATH:-}"
+ADAPTER_PATH="${ADAPTER_PATH:-}"                        # folder of a LoRA adapter to continue from
+ADAPTER_REFERENCE="${ADAPTER_REFERENCE:-}"              # its DPO reference: base (adapter off) · adapter (as it is at the start)
 PRESET="${PRESET:-}"
 
 # ---- end of the edit block --------------------------------------------------------------------------------------
 
 GUIDANCE=(TRAINING_MODE PREFERENCE_TEXT PROMPT_EMBEDDING_PATH NUM_VIRTUAL_TOKENS PROMPT_INIT)
-MODEL=(POLICY_MODEL_PATH ADAPTER_PATH PRECISION LOAD_IN_4BIT LORA_R LORA_ALPHA LORA_DROPOUT LORA_TARGET_MODULES)
+MODEL=(POLICY_MODEL_PATH ADAPTER_PATH ADAPTER_REFERENCE PRECISION LOAD_IN_4BIT LORA_R LORA_ALPHA LORA_DROPOUT
+  LORA_TARGET_MODULES)
 DATA=(TRAIN_DATASET_PATH TEST_DATASET_PATH MAX_LENGTH MAX_PROMPT_LENGTH)
 OPTIMISATION=(BETA ALPHA LOSS_TYPE LABEL_SMOOTHING LEARNING_RATE PTUNING_LEARNING_RATE NUM_EPOCHS GRADIENT_ACCUM_STEPS
   PAIRS_PER_FORWARD GRADIENT_CHECKPOINTING SEED PRESET)
@@ -180,6 +183,12 @@ flags() {
   for name in "$@"; do FLAGS+=("--${name,,}=${!name}"); done
 }
 
+# Whether the arguments ask for an evaluation, which needs no ranks and no launcher; a value may follow as a word.
+evaluates() {
+  local words=" ${*,,} "
+  [[ "$words" =~ \ --evaluate_only[\ =] && ! "$words" =~ \ --evaluate_only[\ =](false|no|f|n|0)\  ]]
+}
+
 cd . 2>/dev/null || fail "the working folder is gone; change to another one"
 case "${DRY_RUN,,}" in
   0 | false | no | off | "") DRY_RUN=false ;;
@@ -197,6 +206,7 @@ set_up_python
 
 FLAGS=()
 flags "${GUIDANCE[@]}" "${MODEL[@]}" "${DATA[@]}" "${OPTIMISATION[@]}" "${RUN[@]}" "${DEVICES[@]}"
+if evaluates "$@"; then exec "$PYTHON" "$SCRIPT" "${FLAGS[@]}" "$@" --plan "$DRY_RUN"; fi
 
 say "checking settings, files and data"
 PLAN="$(mktemp)" || fail "no temporary file can be made in ${TMPDIR:-/tmp}: make room there, or name another folder in TMPDIR"

@@ -7,6 +7,8 @@ embeddings (mode `embedding`), which mode `ptuning` trains while the model stays
 
 Run it through ``./fast_train.sh``, which fills in these flags and starts
 ``deepspeed --include=localhost:0 train_with_preference_prompt.py --train_dataset_path pairs.jsonl …``.
+``python train_with_preference_prompt.py --evaluate_only --adapter_path … --test_dataset_path held_out.jsonl`` scores
+what was trained.
 
 The data's path:  rows → prefix → tokens → packed row → log-probs → loss → metrics → files
 
@@ -15,6 +17,7 @@ Shape legend:     P pairs in a batch · A = 2P answers · T tokens in the packed
 Log-probabilities and their sums are in nats, fp32.
 """
 
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -27,6 +30,7 @@ import gc
 import glob
 import hashlib
 import heapq
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -34,6 +38,7 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import resource
 import shlex
@@ -62,8 +67,17 @@ import transformers
 from datasets import Dataset as ArrowDataset
 from datasets import Features, List, Value
 from datasets import config as datasets_config
-from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
@@ -244,7 +258,10 @@ class ScriptArguments:
     prompt_init: str = setting("text", "Where ptuning mode starts: text (preference_text's embeddings) or random.")
     # --- model
     policy_model_path: str = setting("", "Local folder or hub id of the base model; empty: the bundled small model.")
-    adapter_path: str = setting("", "An existing adapter to continue from.")
+    adapter_path: str = setting("", "Folder of a LoRA adapter to continue from, or of the adapter to evaluate.")
+    adapter_reference: str = setting(
+        "", "With adapter_path, the DPO reference: base (adapter off) or adapter (the adapter as it is at the start)."
+    )
     precision: str = setting("auto", "auto (bf16 on a GPU that has it, else fp32), bf16 or fp32.")
     load_in_4bit: bool = setting(False, "Load the base model in 4 bits.")
     lora_r: int = setting(16, "Rank of the LoRA matrices.")
@@ -293,6 +310,11 @@ class ScriptArguments:
     master_addr: str = setting("", "Address of the first node.")
     preset: str = setting("", "A named set of β and α.")
     plan: bool = setting(False, "Check everything, print the plan and the devices, and stop.")
+    # --- instead of training
+    evaluate_only: bool = setting(
+        False, "Score the test data with the adapter in adapter_path (empty: with the model alone), and train nothing."
+    )
+    evaluation_file: str = setting("", "JSON file, not there yet, for what evaluate_only found.")
 
     @property
     def forwards_per_update(self) -> int:
@@ -306,9 +328,25 @@ class ScriptArguments:
 
     @property
     def not_used(self) -> tuple[str, ...]:
-        """The settings that have no part in this mode."""
+        """The settings that have no part in this mode, or in an evaluation."""
+        if self.evaluate_only:
+            of_text = () if self.training_mode == "text" else ("preference_text",)
+            return NOT_USED["evaluation"] + of_text + (() if self.adapter_path else ("beta",))
         random_start = self.trains_prefix and self.prompt_init == "random"
-        return NOT_USED[self.training_mode] + (("preference_text",) if random_start else ())
+        of_adapter = LORA_SHAPE if self.adapter_path and not self.trains_prefix else ()
+        return NOT_USED[self.training_mode] + (("preference_text",) if random_start else ()) + of_adapter
+
+    @property
+    def soft_prompt_setting(self) -> str:
+        """The setting that names the soft prompt which guides; empty where none is read."""
+        if self.training_mode == "embedding":
+            return "prompt_embedding_path"
+        return "adapter_path" if self.evaluate_only and self.trains_prefix else ""
+
+    @property
+    def starts_as_reference(self) -> bool:
+        """Whether the policy is the reference before the first update: all rewards are 0 then (not in ptuning mode)."""
+        return not (self.adapter_path and self.adapter_reference == "base")
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -356,7 +394,7 @@ ONLY = {
     "loss_type": (("sigmoid", "ipo", "hinge", "robust"), "there is no such loss"),
     "precision": (("auto", "bf16", "fp32"), "no other precision is available in this version"),
     "load_in_4bit": ((False,), "quantised base models are not available in this version"),
-    "adapter_path": (("",), "continuing from an adapter is not available in this version"),
+    "adapter_reference": (("", "base", "adapter"), "there is no such reference"),
     "zero_stage": (("",), "choose the ZeRO stage in the file that DS_CONFIG names"),
     "offload": (("",), "choose offloading in the file that DS_CONFIG names"),
     "hostfile": (("",), "training on several nodes is not available in this version"),
@@ -371,7 +409,16 @@ NOT_USED = {
     "text": PTUNING_ONLY,
     "embedding": ("preference_text", *PTUNING_ONLY),
     "ptuning": ("alpha", "learning_rate", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    "evaluation": (
+        *PTUNING_ONLY,
+        *("train_dataset_path", "alpha", "loss_type", "label_smoothing", "learning_rate", "lr_scheduler_type"),
+        *("warmup_ratio", "weight_decay", "max_grad_norm", "num_epochs", "gradient_accum_steps", "seed"),
+        *("gradient_checkpointing", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "eval_steps"),
+        *("output_dir", "log_dir", "resume", "overwrite", "reference_cache", "cpu_ranks", "ds_config"),
+    ),
 }
+
+LORA_SHAPE = ("lora_r", "lora_alpha", "lora_target_modules")  # with ADAPTER_PATH they are the adapter's own
 
 # Schedules that need no further settings, no metric under the stock Trainer's name and run under DeepSpeed.
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "inverse_sqrt")
@@ -415,12 +462,14 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 PATHS = (
     "prompt_embedding_path",
     "policy_model_path",
+    "adapter_path",
     "train_dataset_path",
     "test_dataset_path",
     "output_dir",
     "log_dir",
     "reference_cache",
     "ds_config",
+    "evaluation_file",
 )
 
 
@@ -486,6 +535,36 @@ def path_problems(args: ScriptArguments) -> list[str]:
     return problems
 
 
+def adapter_problems(args: ScriptArguments) -> list[str]:
+    """Why ADAPTER_PATH and ADAPTER_REFERENCE do not go with each other or with the mode."""
+    path, reference = (describe(name, getattr(args, name)) for name in ("adapter_path", "adapter_reference"))
+    if args.evaluate_only:
+        if args.trains_prefix and not args.adapter_path:
+            return [
+                f"{path}, but TRAINING_MODE is 'ptuning': name the folder of the soft prompt that is to be evaluated"
+            ]
+        if args.adapter_reference == "adapter":
+            return [
+                f"{reference}: an evaluation compares with the model without its adapter; set it to base or empty it"
+            ]
+        return []
+    if args.adapter_path and args.trains_prefix:
+        return [
+            f"{path}: TRAINING_MODE=ptuning freezes the model, so that no adapter can be continued; empty it, or, to "
+            f"train a soft prompt for the adapted model, name its merged weights in POLICY_MODEL_PATH (the folder "
+            f"{MERGED_FOLDER} of a run)"
+        ]
+    if args.adapter_path and not args.adapter_reference:
+        return [
+            f"{reference}, but ADAPTER_PATH is set: say what the DPO reference is. base: the base model, adapter off, "
+            "so that rewards count all that the adapter has learned, earlier runs included; adapter: the model with "
+            "the adapter as it is at the start, so that rewards begin at 0 and this run stays near where it starts"
+        ]
+    if args.adapter_reference in ("base", "adapter") and not args.adapter_path:
+        return [f"{reference}, but ADAPTER_PATH is empty: name the adapter to continue from, or empty it"]
+    return []
+
+
 def argument_problems(args: ScriptArguments) -> list[str]:
     """Every setting that cannot be used, one line each: variable, flag, value, reason and remedy."""
     problems = path_problems(args)
@@ -522,7 +601,13 @@ def argument_problems(args: ScriptArguments) -> list[str]:
             f"{describe('label_smoothing', args.label_smoothing)}: only LOSS_TYPE=robust uses it, and LOSS_TYPE is "
             f"{args.loss_type!r}; set the one to 0 or the other to robust"
         )
-    if args.resume and args.overwrite:
+    problems += adapter_problems(args)
+    if args.evaluation_file and not args.evaluate_only:
+        problems.append(
+            f"{describe('evaluation_file', args.evaluation_file)}: only --evaluate_only writes it; add that, or leave "
+            "it out"
+        )
+    if args.resume and args.overwrite and not args.evaluate_only:
         problems.append(f"{describe('resume', True)}, and so is OVERWRITE: set one of them to false")
     return problems
 
@@ -735,11 +820,12 @@ class Prefix:
         return f"{self.text}\n\n{prompt}" if self.text else prompt
 
 
+SOFT_PROMPT_KINDS = ("PROMPT_TUNING", "P_TUNING")  # PEFT's names
 SOFT_PROMPT_KEY = re.compile(r"prompt_embeddings|embeddings|weight|(.+\.)?prompt_encoder\.[^.]+\.embedding\.weight")
 REPARAMETERISED = re.compile(r"(.+\.)?prompt_encoder\.[^.]+\.(mlp_head|lstm_head)\.")
 
 
-def read_soft_prompt(path: str, hidden_size: int | None) -> torch.Tensor | None:
+def read_soft_prompt(path: str, hidden_size: int | None, name: str = "prompt_embedding_path") -> torch.Tensor | None:
     """The soft prompt (K, H), fp32, in a tensor file or a PEFT prompt-tuning folder; no code in it is run.
 
     Args:
@@ -747,6 +833,7 @@ def read_soft_prompt(path: str, hidden_size: int | None) -> torch.Tensor | None:
             own key, or as its only floating-point tensor of that shape; written by torch.save or as .safetensors.
         hidden_size: H of the model. Where it is not known yet (None), any is accepted, and a file in which only H
             could tell the soft prompt from other tensors gives None.
+        name: the setting that names the path, for an error.
 
     Raises:
         InputError: naming the file, what was found in it and what was expected.
@@ -757,7 +844,7 @@ def read_soft_prompt(path: str, hidden_size: int | None) -> torch.Tensor | None:
             return None
         return as_soft_prompt(pick_soft_prompt(found, hidden_size), hidden_size)
     except (ValueError, OSError, RuntimeError) as error:
-        raise InputError(f"{describe('prompt_embedding_path', path)}: {error}") from None
+        raise InputError(f"{describe(name, path)}: {error}") from None
 
 
 def soft_prompt_file(path: Path) -> Path:
@@ -771,7 +858,7 @@ def soft_prompt_file(path: Path) -> Path:
         kind = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))["peft_type"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"that folder has no {ADAPTER_CONFIG} of a PEFT prompt-tuning adapter{hint}") from None
-    if kind not in ("PROMPT_TUNING", "P_TUNING"):
+    if kind not in SOFT_PROMPT_KINDS:
         raise ValueError(f"that folder holds a {shortened(repr(kind))} adapter, not one of prompt tuning{hint}")
     files = [path / name for name in ADAPTER_FILES if (path / name).is_file()]
     if not files:
@@ -1709,10 +1796,8 @@ def context_limits(config) -> dict[str, int]:
 def prefix_problems(config, args: ScriptArguments, num_virtual_tokens: int) -> list[str]:
     """Why a soft prompt alone does not fit the model."""
     where = describe("num_virtual_tokens", num_virtual_tokens)
-    if args.training_mode == "embedding":
-        where = (
-            f"{describe('prompt_embedding_path', args.prompt_embedding_path)}: holds {num_virtual_tokens} embeddings"
-        )
+    if name := args.soft_prompt_setting:
+        where = f"{describe(name, getattr(args, name))}: holds {num_virtual_tokens} embeddings"
     return [
         f"{where}: they leave no room in the model's {what} of {limit} tokens; use a shorter soft prompt"
         for what, limit in context_limits(config).items()
@@ -1728,6 +1813,8 @@ def context_problems(config, args: ScriptArguments, prefix: Prefix, pairs: Seque
         "embedding": f"PROMPT_EMBEDDING_PATH with {prefix.num_virtual_tokens} embeddings",
         "ptuning": f"NUM_VIRTUAL_TOKENS {prefix.num_virtual_tokens}",
     }[args.training_mode]
+    if args.soft_prompt_setting == "adapter_path":
+        name = f"ADAPTER_PATH with {prefix.num_virtual_tokens} embeddings"
     return [
         f"MAX_LENGTH (--max_length) is {args.max_length}: with the prefix ({name}) a sequence has {longest} tokens, "
         f"but the model's {what} is {limit}; lower MAX_LENGTH or use a shorter prefix"
@@ -1807,12 +1894,185 @@ def add_soft_prompt(model: PreTrainedModel, soft_prompt: nn.Embedding) -> PeftMo
     return policy
 
 
-def add_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
-    """The base model with a fresh LoRA adapter, whose B matrices are 0: the policy starts as the reference.
+# What an adapter's configuration may say of itself; any other setting must have PEFT's default, as it would change what
+# is computed or saved in a way that this program does not follow. Variants that are initialised from the base model's
+# weights and change them are not named: what is left of them without that change is another model.
+ADAPTER_SETTINGS = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode"),
+    *("init_lora_weights", "eva_config", "qalora_group_size", "runtime_config", "megatron_core"),
+}
+ADAPTER_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # initialisations that leave the base weights alone
+
+
+def adapter_settings(path: str) -> dict[str, Any]:
+    """What `adapter_config.json` in a folder says; ValueError where there is none."""
+    folder, named = expanded(path), "name the local folder of an adapter, such as the OUTPUT_DIR of a run"
+    if not folder.is_dir():
+        raise ValueError(f"{'is no folder' if folder.exists() else 'there is no such folder'}; {named}")
+    try:
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"that folder has no {ADAPTER_CONFIG}; {named}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"its {ADAPTER_CONFIG} cannot be read ({shortened(str(error))}); {named}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
+        raise ValueError(f"its {ADAPTER_CONFIG} names no peft_type; {named}")
+    return settings
+
+
+def adapter_files(path: str) -> list[Path]:
+    """Configuration and weights of an adapter; ValueError where it has no weights."""
+    files = [expanded(path) / name for name in ADAPTER_FILES if (expanded(path) / name).is_file()]
+    if not files:
+        raise ValueError(f"that folder has neither {' nor '.join(ADAPTER_FILES)}; name a folder with both its files")
+    return [expanded(path) / ADAPTER_CONFIG, files[0]]
+
+
+def adapter_refusal(settings: Mapping[str, Any]) -> str | None:
+    """Why an adapter with these settings cannot be continued."""
+    kind, task, start = (settings.get(name) for name in ("peft_type", "task_type", "init_lora_weights"))
+    if kind != "LORA":
+        soft = "name it in PROMPT_EMBEDDING_PATH with TRAINING_MODE=embedding"
+        use = soft if kind in SOFT_PROMPT_KINDS else "name a LoRA adapter"
+        return f"it is a {shortened(repr(kind))} adapter, and only LoRA can be continued; {use}"
+    if task not in (None, "CAUSAL_LM"):
+        return f"it was trained for the task {shortened(repr(task))}; name one of a causal language model (CAUSAL_LM)"
+    if start is not None and start not in ADAPTER_STARTS:
+        return (
+            f"its init_lora_weights is {shortened(repr(start))}, which changed the base model's weights or trains "
+            "otherwise; convert it to plain LoRA with PEFT, or merge it into the model and name that in "
+            "POLICY_MODEL_PATH"
+        )
+    defaults = LoraConfig().to_dict()
+    foreign = [
+        f"{name} {shortened(repr(value), 80)}"
+        for name, value in settings.items()
+        if name not in ADAPTER_SETTINGS and value not in (None, False, [], {}, defaults.get(name))
+    ]
+    if foreign:
+        return (
+            f"it has {', '.join(foreign)}, which cannot be continued here; merge it, and name that in POLICY_MODEL_PATH"
+        )
+    return None
+
+
+def read_adapter(path: str, dropout: float) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """A LoRA adapter's configuration and matrices (fp32), on the CPU; no code in its files is run.
+
+    Args:
+        dropout: of the training to come; the adapter's own belongs to the one that made it.
 
     Raises:
-        InputError: no module of the model has a name in LORA_TARGET_MODULES.
+        InputError: it cannot be read, is of a kind that cannot be continued, or holds numbers that are not finite.
     """
+    where = describe("adapter_path", path)
+    try:
+        settings = adapter_settings(path)
+        if (refusal := adapter_refusal(settings)) is not None:
+            raise ValueError(refusal)
+        known = {field.name for field in dataclasses.fields(LoraConfig)} - {"runtime_config"}
+        # what made it is behind: where its matrices started, for which base path, and that it was saved for use only
+        now = {"init_lora_weights": True, "base_model_name_or_path": None, "inference_mode": False, "eva_config": None}
+        now |= {"lora_dropout": dropout, "task_type": "CAUSAL_LM"}
+        config = LoraConfig(**{name: value for name, value in (settings | now).items() if name in known})
+        found = open_tensors(adapter_files(path)[1])
+        broken = [name for name, value in found.items() if not is_finite_matrix(value)]
+        if broken:
+            raise ValueError(f"{shortened(', '.join(broken))}: no finite floating-point matrix; save or train it again")
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise InputError(f"{where}: {shortened(str(error), 600)}") from None
+    return config, {name: value.float() for name, value in found.items()}
+
+
+def is_finite_matrix(value: Any) -> bool:
+    """Whether a value is an ordinary matrix of finite floating-point numbers."""
+    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_nested)
+    return dense and value.is_floating_point() and value.dim() == 2 and bool(value.isfinite().all())
+
+
+def adapter_misfits(policy: PeftModel, found: Mapping[str, torch.Tensor]) -> list[str]:
+    """Why the matrices of an adapter are not those that the model with its configuration has."""
+    expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
+    other = [name for name in found if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if other:
+        return [
+            f"it holds {shortened(', '.join(other))}, no LoRA matrix of a linear layer; it cannot be continued here"
+        ]
+    head = policy.get_base_model().get_output_embeddings()
+    if isinstance(head, LoraLayer) and policy.get_base_model().config.get_text_config().tie_word_embeddings:
+        return ["it adapts the output embeddings, which this model shares with the input; they could not be merged"]
+    sizes = [
+        f"{name} is {tuple(found[name].shape)}, the model's {tuple(expected[name].shape)}"
+        for name in found.keys() & expected.keys()
+        if found[name].shape != expected[name].shape
+    ]
+    parts = {
+        "lacks": sorted(expected.keys() - found.keys()),
+        "holds what the model has no place for:": sorted(found.keys() - expected.keys()),
+        "has other sizes than the model:": sorted(sizes),
+    }
+    return [
+        f"it {what} {shortened(', '.join(names))} ({len(names)} in all); name the adapter's own base model in "
+        "POLICY_MODEL_PATH, or another adapter"
+        for what, names in parts.items()
+        if names
+    ]
+
+
+def saved_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
+    """The base model with the LoRA adapter in the folder ADAPTER_PATH; on the meta device only its layers.
+
+    Raises:
+        InputError: it cannot be read or used, or is one of another model.
+        SelfCheckError: PEFT has put other numbers in place than the file holds.
+    """
+    config, found = read_adapter(args.adapter_path, args.lora_dropout)
+    where, rank, targets = describe("adapter_path", args.adapter_path), config.r, config.target_modules
+    try:
+        policy = get_peft_model(model, config)
+    except Exception as error:  # damaged configurations raise anything
+        reason = f"its configuration (r {shortened(repr(rank))}, target_modules {shortened(repr(targets))}) fits not"
+        raise InputError(f"{where}: {reason} the model: {shortened(' '.join(str(error).split()))}") from error
+    misfits = adapter_misfits(policy, found)
+    if misfits:
+        raise InputError(*(f"{where}: {misfit}" for misfit in misfits))
+    if model.device.type != "meta":
+        set_peft_model_state_dict(policy, found)
+        loaded = get_peft_model_state_dict(policy, save_embedding_layers=False)
+        if not all(torch.equal(loaded[name].float().cpu(), value) for name, value in found.items()):
+            raise SelfCheckError(f"PEFT has loaded other matrices than {args.adapter_path} holds")
+    return policy
+
+
+def adapter_identity(policy: PeftModel) -> str:
+    """SHA-256 of an adapter's matrices and of the factors that they are scaled by."""
+    state = get_peft_model_state_dict(policy, save_embedding_layers=False)
+    scalings = {name: layer.scaling for name, layer in policy.named_modules() if isinstance(layer, LoraLayer)}
+    content = save_bytes({name: value.detach().cpu().contiguous() for name, value in state.items()})
+    return hashlib.sha256(content + json.dumps(scalings, sort_keys=True).encode()).hexdigest()
+
+
+def describe_reference(args: ScriptArguments) -> str:
+    """What the reference of the rewards is."""
+    if args.trains_prefix:
+        return "the same model without the soft prompt"
+    if args.adapter_path and args.starts_as_reference:
+        return f"the adapter in {args.adapter_path} as it is at the start"
+    return "the base model, adapter off"
+
+
+def add_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
+    """The base model with the adapter that ADAPTER_PATH names, or with a fresh one, whose B matrices are 0.
+
+    With a fresh one the policy starts as the base model.
+
+    Raises:
+        InputError: no module of the model has a name in LORA_TARGET_MODULES, or as in `saved_adapter`.
+    """
+    if args.adapter_path:
+        return saved_adapter(model, args)
     targets = args.lora_target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -2148,9 +2408,37 @@ def teacher_logps(model: nn.Module, row: PackedRow) -> torch.Tensor:
         return policy_logps(model, row)
 
 
-def reference_logps(model: PeftModel, row: PackedRow) -> torch.Tensor:
-    """The reference, which is the policy with its adapter switched off: (P, 2) without gradient or dropout."""
-    with inference(model), model.disable_adapter():
+@contextlib.contextmanager
+def adapter_weights(policy: PeftModel, weights: Mapping[str, torch.Tensor] | None) -> Iterator[None]:
+    """The policy with these values in its adapter, by parameter name; with None, with the adapter switched off."""
+    if weights is None:
+        with policy.disable_adapter():
+            yield
+        return
+    parameters = dict(policy.named_parameters())
+    own = {name: parameters[name].detach().clone() for name in weights}
+
+    def put(values: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                parameters[name].copy_(value)
+
+    put(weights)
+    try:
+        yield
+    finally:
+        put(own)
+
+
+def reference_logps(
+    model: PeftModel, row: PackedRow, weights: Mapping[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """The reference: (P, 2) without gradient or dropout.
+
+    Args:
+        weights: of the policy's adapter in the reference; None: it is the policy with its adapter switched off.
+    """
+    with inference(model), adapter_weights(model, weights):
         return policy_logps(model, row)
 
 
@@ -2630,6 +2918,13 @@ def loss_of(
     return preference_guided_loss(plain, reference, prefixed, lengths, settings.beta, settings.alpha, *kind)
 
 
+class FirstScores(NamedTuple):
+    """Log-probabilities (P, 2) of the first training pairs, each plain ("base") and with the prefix ("pref")."""
+
+    base_model: Mapping[str, torch.Tensor]  # by the base model, before anything was added to it
+    start: Mapping[str, torch.Tensor]  # by the policy as it starts: the same, or by PEFT with the continued adapter
+
+
 class PreferenceGuidedDPOTrainer(Trainer):
     """`transformers.Trainer` on packed preference pairs.
 
@@ -2638,8 +2933,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
         args: the stock arguments, from `training_arguments`.
         settings: this project's arguments.
         train_dataset, eval_dataset: tokenised pairs.
-        base_logps: log-probabilities (P, 2) of the first training pairs by the base model, plain ("base") and with the
-            prefix ("pref"), taken before anything was added to it; the self-checks compare with them.
+        first_scores: of the first training pairs; the self-checks compare with them.
         soft_prompt: what stands for the ids below 0; None in text mode.
     """
 
@@ -2651,10 +2945,14 @@ class PreferenceGuidedDPOTrainer(Trainer):
         train_dataset: PairDataset,
         eval_dataset: PairDataset,
         tokenizer: PreTrainedTokenizerBase,
-        base_logps: Mapping[str, torch.Tensor],
+        first_scores: FirstScores,
         soft_prompt: nn.Embedding | None,
     ):
-        self.settings, self.base_logps, self.soft_prompt = settings, base_logps, soft_prompt
+        self.settings, self.first_scores, self.soft_prompt = settings, first_scores, soft_prompt
+        self.start_weights: dict[str, torch.Tensor] | None = None  # of a continued adapter; a fresh one's is "off"
+        if settings.adapter_path:
+            named = model.named_parameters()
+            self.start_weights = {name: p.detach().clone() for name, p in named if p.requires_grad}
         self.train_metrics, self.step_seconds = MetricSums(), 0.0
         self.update_indices: list[int] = []  # places in the data set of the update's pairs, this rank's share
         super().__init__(
@@ -2666,6 +2964,11 @@ class PreferenceGuidedDPOTrainer(Trainer):
         )
         self.remove_callback(ProgressCallback)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
+
+    @property
+    def reference_weights(self) -> dict[str, torch.Tensor] | None:
+        """The adapter's weights in the reference; None where the reference is the model with its adapter off."""
+        return self.start_weights if self.settings.starts_as_reference else None
 
     # --- batches: the samplers already deal pairs out to the ranks, so accelerate must not shard them again
 
@@ -2715,13 +3018,13 @@ class PreferenceGuidedDPOTrainer(Trainer):
     def evaluation_loop(self, dataloader, description, *args, **kwargs):
         """Means over every pair of the test set, each counted once; the prefixed condition is always scored here.
 
-        Before the first update the policy is the reference, which has scored these pairs already.
+        Where the policy starts as the reference, that has scored these pairs already before the first update.
         """
         sums, self.callback_handler.eval_dataloader = MetricSums(), dataloader
         with inference(self.model):
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
-                if self.state.global_step == 0:
+                if self.state.global_step == 0 and self.settings.starts_as_reference:
                     metrics = loss_of(self.settings, batch, batch["ref_logps"], batch["ref_pref_logps"])
                 else:
                     metrics = self.score(self.model, batch, guided=True)
@@ -2803,7 +3106,8 @@ def reference_scores(
     mine = torch.zeros(len(pairs), 3, device=trainer.args.device)  # chosen, rejected, 1 where scored
     for number, batch in enumerate(tqdm(loader, desc=f"reference, {name}", leave=False, disable=quiet), start=1):
         batch = trainer._prepare_inputs(batch)
-        logps = F.pad(reference_logps(trainer.model, batch[condition]), (0, 1), value=1.0)
+        scored = reference_logps(trainer.model, batch[condition], trainer.reference_weights)
+        logps = F.pad(scored, (0, 1), value=1.0)
         mine.index_add_(0, batch["indices"], logps * batch["weights"][:, None])
         if number % every == 0 or number == len(loader):
             scored = mine.clone()
@@ -2941,26 +3245,35 @@ def check_packed_forward(
 
 
 def check_before_training(trainer: PreferenceGuidedDPOTrainer) -> None:
-    """The reference must be the base model and, before the first update, the policy too, with and without the prefix.
+    """The reference and, before the first update, the policy must be what they were meant to be.
+
+    The reference is the base model, or the model with the adapter that is continued. The policy starts as one of the
+    same two, with and without the prefix.
 
     Raises:
         SelfCheckError: saying which of them does not hold, with the numbers.
     """
-    model, dataset, base_logps = trainer.model, trainer.train_dataset, trainer.base_logps
+    model, settings, dataset, first = trainer.model, trainer.settings, trainer.train_dataset, trainer.first_scores
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SelfCheckError("no parameter is trainable: the adapter was added without any")
-    batch = trainer._prepare_inputs(first_batch(dataset, len(base_logps["base"])))
-    reference = reference_logps(model, batch["base"])
-    require_close("the reference (adapter off)", reference, "the base model", base_logps["base"], nats=1e-2)
+    batch = trainer._prepare_inputs(first_batch(dataset, len(first.start["base"])))
     nats = rounding(model.get_base_model().dtype, dataset.pairs)
+    start = "the model with the adapter" if settings.adapter_path else "the base model"
+    reference = reference_logps(model, batch["base"], trainer.reference_weights)
+    if trainer.reference_weights is None:
+        require_close("the reference (adapter off)", reference, "the base model", first.base_model["base"], nats=1e-2)
+    else:
+        require_close("the reference (the adapter as it was)", reference, start, first.start["base"], nats)
     kept = f" (from {dataset.ref_files['base']}: delete that file)" if dataset.ref_files else ""
     require_close(f"the reference pass{kept}", batch["ref_logps"], "the reference scored again", reference, nats)
     if trainer.state.global_step > 0:
         return
-    if not trainer.settings.trains_prefix:
+    if settings.starts_as_reference and not settings.trains_prefix:
         require_zero_rewards(trainer, batch | {"ref_logps": reference})
+    elif settings.adapter_path:
+        require_close("the policy", teacher_logps(model, batch["base"]), start, first.start["base"], nats)
     prefixed = teacher_logps(model, batch["pref"])
-    require_close("the policy with the prefix", prefixed, "the base model with it", base_logps["pref"], nats)
+    require_close("the policy with the prefix", prefixed, f"{start} with it", first.start["pref"], nats)
 
 
 def require_zero_rewards(trainer: PreferenceGuidedDPOTrainer, batch: Mapping[str, Any]) -> None:
@@ -3127,7 +3440,7 @@ def memory_problem(args: ScriptArguments, what: str, device: torch.device, model
     changes = [
         f"{name.upper()} (now {json.dumps(getattr(args, name), ensure_ascii=False)}): {remedies[name][0]}"
         for name in names
-        if remedies[name][1]
+        if remedies[name][1] and name not in args.not_used
     ]
     return f"{what}. Change, largest effect first: {'; '.join(changes)}"
 
@@ -3200,7 +3513,7 @@ class RunCallback(TrainerCallback):
             release_shared_memory(args.process_index)
         fill_reference_logps(trainer, "train", "base", self.cache)
         fill_reference_logps(trainer, "test", "base", self.cache)
-        if args.eval_on_start:
+        if args.eval_on_start and trainer.settings.starts_as_reference:
             fill_reference_logps(trainer, "test", "pref", self.cache)
         self.parameters_at_start = {}
         check_before_training(trainer)
@@ -3227,7 +3540,7 @@ class RunCallback(TrainerCallback):
         self.trainer.log({PEAK_MEMORY: peak_memory(args.device, state.log_history)})
         if state.is_world_process_zero:
             prompts = [pair.source.prompt for pair in self.trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
-            with self.trainer.model.disable_adapter():  # again the model that it was
+            with adapter_weights(self.trainer.model, self.trainer.start_weights):  # again the model that it was
                 before = self.answers(self.prompt_at_start)
             answers = (*before, *self.answers(self.trainer.soft_prompt))
             header = [f"{moment}{prefix}" for moment in ("before", "after") for prefix in ("", ", with the prefix")]
@@ -3235,7 +3548,170 @@ class RunCallback(TrainerCallback):
 
 
 # ======================================================================================================================
-# 14 · Saving — adapter, merged weights, soft prompt, model card; what was written is opened again and compared.
+# 14 · Evaluation — what a saved adapter is worth on a data set: shares with their intervals, beside what length gives.
+# ======================================================================================================================
+
+Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+EVALUATION_SETTINGS = ("preference_text", "beta", "max_length", "max_prompt_length")  # on which the figures depend
+# Chosen less rejected answer in tokens: the largest difference of each bin but the last, and the bins' names.
+LENGTH_BOUNDS = (-51, -11, 10, 50)
+LENGTH_BINS = ("shorter by > 50", "shorter by 11 to 50", "within 10", "longer by 11 to 50", "longer by > 50")
+
+
+def wilson_interval(count: int, of: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share `count` / `of` (E. B. Wilson, J. Am. Stat. Assoc. 22 (1927), 209–212)."""
+    squared = Z_95**2
+    centre = (count + squared / 2) / (of + squared)
+    half = Z_95 / (of + squared) * math.sqrt(count * (of - count) / of + squared / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def share_of(hits: torch.Tensor) -> dict[str, float]:
+    """The share of pairs (N,) that are hits, with its interval."""
+    count, of = int(hits.sum()), len(hits)
+    low, high = wilson_interval(count, of)
+    return {"share": count / of, "low": low, "high": high, "count": count, "of": of}
+
+
+def length_baseline(differences: torch.Tensor) -> dict[str, Any]:
+    """What is right when only the answers' lengths decide, by the better of the two rules; a tie is not right.
+
+    Args:
+        differences: tokens of the chosen less those of the rejected answer, (N,).
+    """
+    rules = {"longer": share_of(differences > 0), "shorter": share_of(differences < 0)}
+    better = max(rules, key=lambda rule: rules[rule]["count"])
+    return {**rules, "same": share_of(differences == 0), "better": better}
+
+
+def of_condition(logps: torch.Tensor, reference: torch.Tensor | None, beta: float) -> dict[str, Any]:
+    """Margins, and against a reference rewards, of log-probabilities (N, 2) in one condition; ties are not right."""
+    margins = margins_of(logps)
+    found = {"margin": margins.double().mean().item(), "margin_above_0": share_of(margins > 0)}
+    if reference is not None:
+        rewards = reward_metrics(logps, reference, beta)
+        found["reward_accuracy"] = share_of(rewards.pop("accuracy") > 0)
+        found |= {name: values.double().mean().item() for name, values in rewards.items()}
+    return found
+
+
+def score_dataset(
+    args: ScriptArguments, policy: PeftModel | PreTrainedModel, dataset: PairDataset, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Log-probabilities (N, 2) plain ("base"), with the prefix ("pref") and, of an adapter, by its "reference".
+
+    The pairs share forwards as in a training run's evaluation, so that even rounding is the same.
+    """
+    scorers: dict[str, Callable[[Mapping[str, Any]], torch.Tensor]] = {
+        "base": lambda batch: teacher_logps(policy, batch["base"]),
+        "pref": lambda batch: teacher_logps(policy, batch["pref"]),
+        "reference": lambda batch: reference_logps(policy, batch["base"]),
+    }
+    if not args.adapter_path:
+        del scorers["reference"]
+    elif args.trains_prefix:
+        del scorers["base"]  # it is the reference
+    scores = {name: torch.full((len(dataset), 2), math.nan) for name in scorers}
+    loader = PairLoader(dataset, PairSampler(dataset.lengths, len(dataset), args.pairs_per_forward))
+    for batch in tqdm(loader, desc="scoring", leave=False):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        for name, score in scorers.items():
+            scores[name][batch["indices"].cpu()] = score(batch).cpu()
+    return {"base": scores.get("reference"), **scores}
+
+
+def require_finite_scores(scores: Mapping[str, torch.Tensor], dataset: PairDataset) -> None:
+    """Raises RunError where log-probabilities are not finite: the rows."""
+    broken = torch.stack([~logps.isfinite().all(dim=1) for logps in scores.values()]).any(dim=0).nonzero().flatten()
+    if len(broken):
+        rows = describe_rows([dataset.pairs[index].source.row for index in broken.tolist()])
+        raise RunError(
+            f"log-probabilities are not finite for {rows} of the test data; look at the pairs, or the weights"
+        )
+
+
+def evaluation_results(
+    args: ScriptArguments, scores: Mapping[str, torch.Tensor], dataset: PairDataset
+) -> dict[str, Any]:
+    """Everything that an evaluation reports.
+
+    Args:
+        scores: as `score_dataset` gives them.
+    """
+    plain, prefixed, reference = scores["base"], scores["pref"], scores.get("reference")
+    judged = prefixed if args.trains_prefix else plain  # what the adapter was trained for
+    differences = torch.tensor([len(pair.chosen_ids) - len(pair.rejected_ids) for pair in dataset.pairs])
+    rewards = {} if reference is None else reward_metrics(judged, reference, args.beta)
+    right = margins_of(judged) > 0 if reference is None else rewards["accuracy"] > 0
+    bins = torch.tensor([bisect.bisect_left(LENGTH_BOUNDS, difference) for difference in differences.tolist()])
+    sums = MetricSums()
+    sums.add(rewards | condition_metrics(plain, prefixed), torch.ones(len(plain)))
+    means, *_ = sums.means()
+    accuracy, length = share_of(right), length_baseline(differences)
+    return {
+        "pairs": len(plain),
+        "plain": of_condition(plain, None if args.trains_prefix else reference, args.beta),
+        "with_prefix": of_condition(prefixed, reference, args.beta),
+        "pref_advantage_ratio": means["pref_advantage_ratio"],
+        "accuracy": accuracy,
+        "length_only": length,
+        "accuracy_by_length_difference": {
+            name: share_of(right[bins == number]) if (bins == number).any() else None
+            for number, name in enumerate(LENGTH_BINS)
+        },
+        "remarks": evaluation_remarks(accuracy, length),
+        "metrics": tagged(means, split=1),
+    }
+
+
+def evaluation_remarks(accuracy: Mapping[str, float], length: Mapping[str, Any]) -> list[str]:
+    """What an accuracy does not show: that it is better than a coin, or than the answers' lengths alone."""
+    rule = length["better"]
+    yardsticks = {"a coin": 0.5, f"always taking the {rule} answer": length[rule]["share"]}
+    interval = f"{accuracy['share']:.3f} ({accuracy['low']:.3f} to {accuracy['high']:.3f})"
+    return [
+        f"accuracy {interval} is {'not shown to be better' if value <= accuracy['high'] else 'worse'} than {what} "
+        f"({value:.3f}) on these pairs"
+        for what, value in yardsticks.items()
+        if accuracy["low"] <= value
+    ]
+
+
+def evaluation_table(results: Mapping[str, Any]) -> str:
+    """The results for a person; shares with their 95 % intervals."""
+
+    def shown(value: float | Mapping[str, float] | None) -> str:
+        if not isinstance(value, Mapping):
+            return "–" if value is None else f"{value:.4f}"
+        return f"{value['share']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+
+    rows = {
+        "reward accuracy": "reward_accuracy",
+        "reward margin": "reward_margin",
+        "reward of the chosen": "chosen_reward",
+        "reward of the rejected": "rejected_reward",
+        "margin, nats": "margin",
+        "margin above 0": "margin_above_0",
+    }
+    length, conditions = results["length_only"], (results["plain"], results["with_prefix"])
+    lines = [(f"{results['pairs']} pairs", "plain", "with the prefix")]
+    lines += [
+        (name, *(shown(condition.get(key)) for condition in conditions))
+        for name, key in rows.items()
+        if key in conditions[1]
+    ]
+    lines += [("preference-advantage ratio", "", shown(results["pref_advantage_ratio"])), ("", "", "")]
+    lines += [("length alone", shown(length[length["better"]]), f"always the {length['better']} answer"), ("", "", "")]
+    lines.append(("chosen answer, in tokens", "accuracy", "pairs"))
+    by_length = results["accuracy_by_length_difference"].items()
+    lines += [(f"  {name}", shown(share), str(share["of"] if share else 0)) for name, share in by_length]
+    text = "\n".join(f"{name:<28}{first:<26}{second}".rstrip() for name, first, second in lines)
+    intervals = "in brackets: 95 % confidence intervals (Wilson); a tie is never right"
+    return "\n".join([text, intervals, *(f"note: {remark}" for remark in results["remarks"])])
+
+
+# ======================================================================================================================
+# 15 · Saving — adapter, merged weights, soft prompt, model card; what was written is opened again and compared.
 # ======================================================================================================================
 
 
@@ -3373,7 +3849,7 @@ def merge_policy(trainer: PreferenceGuidedDPOTrainer, folder: Path) -> None:
     Raises:
         SelfCheckError: a file differs from the model, or the merged weights score otherwise than the policy.
     """
-    model, size = trainer.model, len(trainer.base_logps["base"])
+    model, size = trainer.model, len(trainer.first_scores.start["base"])
     batch = trainer._prepare_inputs(first_batch(trainer.eval_dataset, size))
     policy = teacher_logps(model, batch["base"])
     merged = model.merge_and_unload()
@@ -3414,20 +3890,89 @@ CARD_WORDS = {
 }
 
 
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "tokenizers")
+CARD_PROMPT = "How do I keep herbs alive on a windowsill?"
+
+
+def card_snippet(base_path: str, folder: str, has_template: bool) -> str:
+    """Python that loads the adapter and answers a question."""
+    text, options = repr(CARD_PROMPT), ""
+    if has_template:
+        text = "tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)"
+        text = f'question = [{{"role": "user", "content": {CARD_PROMPT!r}}}]\ntext = {text}'
+        options = ", add_special_tokens=False"  # the template has them
+    else:
+        text = f"text = {text}"
+    return f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base_model = AutoModelForCausalLM.from_pretrained({base_path!r})
+tokenizer = AutoTokenizer.from_pretrained({base_path!r})
+model = PeftModel.from_pretrained(base_model, {folder!r})
+{text}
+inputs = tokenizer(text, return_tensors="pt"{options})
+outputs = model.generate(**inputs, max_new_tokens=200)
+print(tokenizer.decode(outputs[0], skip_special_tokens=True))"""
+
+
+def card_commands(args: ScriptArguments, base_path: str, folder: str) -> str:
+    """Commands that evaluate what was trained as it was evaluated here, and go on from it."""
+    settings = {"adapter_path": folder, "policy_model_path": base_path, "test_dataset_path": "held_out.jsonl"}
+    if args.training_mode == "embedding":
+        settings |= {"training_mode": "embedding", "prompt_embedding_path": f"{folder}/{SOFT_PROMPT}"}
+    names = [name for name in EVALUATION_SETTINGS if args.training_mode == "text" or name != "preference_text"]
+    settings |= {name: getattr(args, name) for name in names if getattr(args, name) != getattr(ScriptArguments, name)}
+    flags = " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in settings.items())
+    going_on = {"ADAPTER_PATH": folder, "ADAPTER_REFERENCE": "base", "POLICY_MODEL_PATH": base_path}
+    if args.trains_prefix:
+        going_on = {"TRAINING_MODE": "embedding", "PROMPT_EMBEDDING_PATH": f"{folder}/{SOFT_PROMPT}"}
+        going_on |= {"POLICY_MODEL_PATH": base_path}
+    going_on |= {"TRAIN_DATASET_PATH": "pairs.jsonl", "OUTPUT_DIR": "./model_output/next", "LOG_DIR": "./logs/next"}
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in going_on.items())
+    return (
+        f"# score it on held-out pairs; trains nothing\n./fast_train.sh --evaluate_only {flags}\n"
+        f"# train on from it\n{variables} ./fast_train.sh"
+    )
+
+
+def card_training(trainer: PreferenceGuidedDPOTrainer) -> dict[str, Any]:
+    """What the model card says of the training itself: how much, how long, on what, with which versions."""
+    args, state, ranks = trainer.settings, trainer.state, trainer.args.world_size
+    seconds = next((logs["train_runtime"] for logs in reversed(state.log_history) if "train_runtime" in logs), 0.0)
+    speeds = [logs[PAIRS_PER_SECOND_TAG] for logs in state.log_history if PAIRS_PER_SECOND_TAG in logs]
+    on_gpu = trainer.args.device.type == "cuda"
+    device = torch.cuda.get_device_name(trainer.args.device) if on_gpu else f"CPU, {CORES} cores"
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return {
+        "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "reference": describe_reference(args),
+        "updates": f"{state.global_step} ({args.num_epochs:g} epochs)",
+        "pairs per update": f"{ranks * args.gradient_accum_steps} ({ranks} × {args.gradient_accum_steps})",
+        "time": f"{datetime.timedelta(seconds=round(seconds))}" + (" since it was resumed" if args.resume else ""),
+        "pairs per second, median of the updates": f"{torch.tensor(speeds).median():.2f}" if speeds else "none",
+        "peak memory": describe_peak_memory(trainer),
+        "device": f"{ranks} × {device}, {str(trainer.model.get_base_model().dtype).removeprefix('torch.')}",
+        "versions": f"Python {platform.python_version()}, {versions}",
+    }
+
+
 def model_card(trainer: PreferenceGuidedDPOTrainer, base_path: str, reports: Mapping[str, DataReport]) -> str:
-    """The output folder's README.md: data, settings, metrics and how to use the model."""
+    """The output folder's README.md: how to use the model, data, metrics, training and settings."""
     first, last = first_and_last_evaluation(trainer)
-    data = ((split, r.path, r.usable, r.describe_dropped()) for split, r in reports.items())
-    metrics = ((tags[1], f"{first[tags[1]]:.4f}", f"{last[tags[1]]:.4f}") for tags in TAGS.values())
-    settings = [(n, v) for n, v in dataclasses.asdict(trainer.settings).items() if n not in trainer.settings.not_used]
+    args, folder = trainer.settings, trainer.args.output_dir
+    data = ((split, r.path, r.rows, r.usable, r.describe_dropped()) for split, r in reports.items())
+    held_out = (tags[1] for tags in TAGS.values() if tags[1] in first and tags[1] in last)
+    metrics = ((tag, f"{first[tag]:.4f}", f"{last[tag]:.4f}") for tag in held_out)
+    settings = [(n, v) for n, v in dataclasses.asdict(args).items() if n not in args.not_used]
     if trainer.soft_prompt is not None:
         settings.append(("embeddings of the soft prompt", trainer.soft_prompt.num_embeddings))
-    method = "prompt-tuning" if trainer.settings.trains_prefix else "lora"
+    method = "prompt-tuning" if args.trains_prefix else "lora"
     what, how = CARD_WORDS[method]
     return f"""---
 base_model: {json.dumps(base_path)}
 library_name: peft
-tags: [dpo, {method}]
+pipeline_tag: text-generation
+tags: [dpo, preference-guided-dpo, {method}]
 ---
 
 # Preference-guided DPO
@@ -3437,36 +3982,37 @@ tags: [dpo, {method}]
 ## Use
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base_model = AutoModelForCausalLM.from_pretrained({base_path!r})
-tokenizer = AutoTokenizer.from_pretrained({base_path!r})
-model = PeftModel.from_pretrained(base_model, {trainer.args.output_dir!r})
+{card_snippet(base_path, folder, bool(trainer.processing_class.chat_template))}
 ```
 
 {how}
 
+From the folder of the trainer:
+
+```bash
+{card_commands(args, base_path, folder)}
+```
+
 ## Data
 
-{table(("set", "file", "pairs", "dropped"), data)}
+{table(("set", "source", "rows", "pairs used", "dropped"), data)}
 
 ## Held-out metrics
 
 {table(("metric", "start", "end"), metrics)}
 
+## Training
+
+{table(("", ""), card_training(trainer).items())}
+
 ## Settings
 
 {table(("setting", "value"), settings)}
-
-Peak memory of the training: {describe_peak_memory(trainer)}.
-
-torch {torch.__version__}, transformers {transformers.__version__}
 """
 
 
 # ======================================================================================================================
-# 15 · Plan — devices, output folder, everything that can be checked before anything is loaded; what will be done.
+# 16 · Plan — devices, output folder, everything that can be checked before anything is loaded; what will be done.
 # ======================================================================================================================
 
 
@@ -3556,6 +4102,7 @@ def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]
         "train_dataset_path",
         "test_dataset_path",
         "prompt_embedding_path",
+        "adapter_path",
         *args.not_used,
     )
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
@@ -3565,6 +4112,9 @@ def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]
     if args.prompt_embedding_path:
         file = soft_prompt_file(expanded(args.prompt_embedding_path))
         digests["the soft prompt"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    if args.adapter_path:
+        content = b"".join(file.read_bytes() for file in adapter_files(args.adapter_path))
+        digests["the adapter of ADAPTER_PATH"] = hashlib.sha256(content).hexdigest()
     return settings | {"ranks": devices.ranks, "device": "gpu" if devices.on_gpu else "cpu", "content": digests}
 
 
@@ -3642,8 +4192,9 @@ def output_problems(args: ScriptArguments) -> list[str]:
         return []
     if folder.is_mount():
         return [f"{where}: holds a run and is a mount point, which cannot be moved aside; name a folder in it"]
-    named = [path for path in (args.policy_model_path, args.prompt_embedding_path, args.ds_config_path) if path]
-    inputs = [Path.cwd(), PROJECT_DIR, *map(os.path.expanduser, named), *args.dataset_paths.values()]
+    names = (args.policy_model_path, args.prompt_embedding_path, args.adapter_path, args.ds_config_path)
+    named = map(os.path.expanduser, filter(None, names))
+    inputs = [Path.cwd(), PROJECT_DIR, *named, *args.dataset_paths.values()]
     # A link in the folder counts as well as what lies in it: both would be gone from where they were named.
     inside = [
         path
@@ -3651,6 +4202,61 @@ def output_problems(args: ScriptArguments) -> list[str]:
         if any(Path(place).is_relative_to(folder.resolve()) for place in (os.path.abspath(path), Path(path).resolve()))
     ]
     return [f"{where}: the run in it must make way, but {path} lies in it; name another folder" for path in inside]
+
+
+def evaluation_file_problems(args: ScriptArguments) -> list[str]:
+    """Why the results of an evaluation cannot be written without losing something."""
+    if not args.evaluation_file:
+        return []
+    path = expanded(args.evaluation_file)
+    if os.path.lexists(path):
+        return [f"{describe('evaluation_file', args.evaluation_file)}: is there already; name another or remove it"]
+    return folder_problems("evaluation_file", path.parent, args.evaluation_file)
+
+
+def evaluation_settings(args: ScriptArguments) -> ScriptArguments:
+    """The settings of an evaluation, with the mode and the base model that the adapter brings where none is named.
+
+    Raises:
+        InputError: there is no such adapter, it does not go with the mode, or its base model is not here.
+    """
+    if not args.adapter_path:
+        return args
+    where = describe("adapter_path", args.adapter_path)
+    try:
+        settings = adapter_settings(args.adapter_path)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    is_soft_prompt, base = settings["peft_type"] in SOFT_PROMPT_KINDS, settings.get("base_model_name_or_path") or ""
+    if is_soft_prompt and args.training_mode == "embedding":
+        raise InputError(f"{where}: is a soft prompt itself, beside that of TRAINING_MODE=embedding; set it to ptuning")
+    if args.trains_prefix and not is_soft_prompt:
+        raise InputError(f"{where}: is no soft prompt, but TRAINING_MODE is 'ptuning'; set it to text or embedding")
+    if not args.policy_model_path and not Path(str(base), "config.json").is_file():
+        raise InputError(
+            f"{describe('policy_model_path', '')}, and the base model that the adapter names, {shortened(repr(base))}, "
+            "is no model folder here; name the base model's folder or hub id"
+        )
+    mode = "ptuning" if is_soft_prompt else args.training_mode
+    return dataclasses.replace(args, training_mode=mode, policy_model_path=args.policy_model_path or base)
+
+
+def run_differences(args: ScriptArguments) -> list[str]:
+    """Settings in which the run that made the adapter differs from the evaluation, so that its figures differ too."""
+    try:
+        made_with = json.loads((expanded(args.adapter_path) / RUN_SETTINGS).read_text(encoding="utf-8"))
+        recorded = dict(made_with)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return []  # not made by this program
+    compared = [name for name in EVALUATION_SETTINGS if name not in args.not_used]
+    found = [
+        f"{name.upper()} {shortened(repr(recorded[name]))}, not {shortened(repr(getattr(args, name)))}"
+        for name in compared
+        if name in recorded and recorded[name] != getattr(args, name)
+    ]
+    if recorded.get("adapter_reference") == "adapter":
+        found.append("ADAPTER_REFERENCE 'adapter': its rewards were counted from the adapter that it started from")
+    return found
 
 
 def cache_problems(args: ScriptArguments) -> list[str]:
@@ -3755,8 +4361,8 @@ def soft_prompt_size(args: ScriptArguments) -> int | None:
         InputError: it cannot be read, or does not fit the model as far as that is here.
     """
     config, size = local_config(args.policy_model_path), args.num_virtual_tokens
-    if args.training_mode == "embedding":
-        embeddings = read_soft_prompt(args.prompt_embedding_path, embedding_size(config) if config else None)
+    if name := args.soft_prompt_setting:
+        embeddings = read_soft_prompt(getattr(args, name), embedding_size(config) if config else None, name)
         size = None if embeddings is None else len(embeddings)
     problems = prefix_problems(config, args, size) if config and size else []
     if problems:
@@ -3786,24 +4392,33 @@ def check_inputs(
         wrong.update(concerns if failed else ())
         return found
 
-    for concerns, function, argument in (
-        ({"policy_model_path"}, model_problems, args.policy_model_path),
+    of_training = (
         ({"output_dir", "log_dir", "resume"}, output_problems, args),
         ({"reference_cache", "output_dir"}, cache_problems, args),
         ({"ds_config"}, ds_config_problems, args),
+    )
+    of_evaluation = (({"evaluation_file"}, evaluation_file_problems, args),)
+    for concerns, function, argument in (
+        ({"policy_model_path"}, model_problems, args.policy_model_path),
+        *(of_evaluation if args.evaluate_only else of_training),
     ):
         problems += check(concerns, function, argument) or []
     config = check({"policy_model_path"}, local_config, args.policy_model_path)
-    if config is not None and not args.trains_prefix:
-        lora = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
+    lora = {"lora_dropout", "adapter_path"} if args.adapter_path else {"lora_dropout", *LORA_SHAPE}
+    if args.trains_prefix or (args.evaluate_only and not args.adapter_path):
+        pass  # no LoRA adapter
+    elif config is not None:
         check(lora, lambda: add_adapter(lay_out(config), args))
+    elif args.adapter_path:
+        check(lora, read_adapter, args.adapter_path, args.lora_dropout)
     devices = check(
         {"gpu_nodes", "cpu_ranks"}, lambda: resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus())
     )
-    read = {split: check({f"{split}_dataset_path"}, read_pairs, path) for split, path in args.dataset_paths.items()}
+    paths = {split: path for split, path in args.dataset_paths.items() if split == "test" or not args.evaluate_only}
+    read = {split: check({f"{split}_dataset_path"}, read_pairs, path) for split, path in paths.items()}
     if args.training_mode == "embedding" or (args.trains_prefix and not problems):
-        check({"prompt_embedding_path", "policy_model_path"}, soft_prompt_size, args)
-    if args.resume and not problems:
+        check({args.soft_prompt_setting, "policy_model_path"}, soft_prompt_size, args)
+    if args.resume and not args.evaluate_only and not problems:
         check(set(), lambda: require_same_settings(args, recorded_settings(args, devices)))
     if problems:
         raise InputError(*problems)
@@ -3814,7 +4429,12 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
     """What the run will do, for a person to read before it starts."""
     pairs_per_update = devices.ranks * args.gradient_accum_steps
     updates = math.ceil(args.num_epochs * math.ceil(reports["train"].usable / pairs_per_update))
-    trained = "the soft prompt, the model is frozen" if args.trains_prefix else f"LoRA, r {args.lora_r}"
+    trained = "the soft prompt, the model is frozen" if args.trains_prefix else describe_adapter(args)
+    kept = (
+        f"log-probabilities kept in {args.reference_cache_path}"
+        if args.reference_cache_path
+        else "log-probabilities computed for this run only (REFERENCE_CACHE=off)"
+    )
     data = {split: f"{r.path}, {r.usable} pairs (dropped: {r.describe_dropped()})" for split, r in reports.items()}
     lines = {
         "mode": args.training_mode + ("" if "pref" in args.conditions else ", but ALPHA is 0: plain DPO"),
@@ -3830,9 +4450,7 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
         + ("" if args.trains_prefix else f", α {args.alpha:g}"),
         "trained": f"{trained}, learning rate {args.peak_learning_rate:g}",
         "devices": f"{devices}, {str(precision_dtype(args.precision, devices.on_gpu)).removeprefix('torch.')}",
-        "reference": f"log-probabilities kept in {args.reference_cache_path}"
-        if args.reference_cache_path
-        else "log-probabilities computed for this run only (REFERENCE_CACHE=off)",
+        "reference": f"{describe_reference(args)}; {kept}" if args.adapter_path else kept,
         "output": describe_output(args),
         "TensorBoard": args.log_dir,
     }
@@ -3842,8 +4460,43 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
         lines["notice"] = f"only {updates} updates: {lower}raise NUM_EPOCHS for ten"
     idle = [name for name in args.not_used if getattr(args, name) != getattr(ScriptArguments, name)]
     if idle:
-        lines["not used"] = f"{', '.join(map(str.upper, idle))} (no part in {args.training_mode} mode)"
+        why = f"no part in {args.training_mode} mode" + (", or the adapter's own count" if args.adapter_path else "")
+        lines["not used"] = f"{', '.join(map(str.upper, idle))} ({why})"
     return "\n".join(f"  {name:<17} {text}" for name, text in lines.items())
+
+
+def describe_evaluation(args: ScriptArguments, devices: Devices, report: DataReport) -> str:
+    """What an evaluation will do, for a person to read before it starts."""
+    adapter = args.adapter_path or "none: the model alone"
+    lines = {
+        "model": args.policy_model_path or str(BUNDLED_MODEL_DIR),
+        "adapter": f"{args.adapter_path}, a soft prompt" if args.trains_prefix else adapter,
+        "reference": describe_reference(dataclasses.replace(args, adapter_reference="base")),
+        "preference": describe_prefix(args),
+        "test data": f"{report.path}, {report.usable} pairs (dropped: {report.describe_dropped()})",
+        "device": f"{'GPU' if devices.on_gpu else 'CPU'}, {precision_dtype(args.precision, devices.on_gpu)}",
+    }
+    if not args.adapter_path:
+        del lines["reference"]
+    elif not args.trains_prefix:
+        lines["adapter"] = describe_adapter(args)
+    if differences := run_differences(args):
+        lines["notice"] = f"other figures than those of the run that made the adapter: it had {'; '.join(differences)}"
+    idle = [name for name in args.not_used if getattr(args, name) != getattr(ScriptArguments, name)]
+    if idle:
+        lines["not used"] = f"{', '.join(map(str.upper, idle))} (no part in an evaluation)"
+    return "\n".join(f"  {name:<17} {text}" for name, text in lines.items())
+
+
+def describe_adapter(args: ScriptArguments) -> str:
+    """The LoRA adapter that is trained, in the plan."""
+    if not args.adapter_path:
+        return f"LoRA, r {args.lora_r}"
+    settings = adapter_settings(args.adapter_path)
+    base, model = settings.get("base_model_name_or_path"), args.policy_model_path or str(BUNDLED_MODEL_DIR)
+    same = base and (base == model or expanded(base).resolve() == expanded(model).resolve())
+    other = "" if same else f"; it was made for {base or 'a model that it does not name'}: be sure that it is this one"
+    return f"the LoRA adapter in {args.adapter_path} (r {settings['r']}, α {settings['lora_alpha']}){other}"
 
 
 def describe_prefix(args: ScriptArguments) -> str:
@@ -3852,8 +4505,8 @@ def describe_prefix(args: ScriptArguments) -> str:
         return args.preference_text or "(empty: the prefixed prompt is the plain one)"
     size = soft_prompt_size(args)
     soft = f"{size or 'the'} soft embedding{'s' * (size != 1)}"
-    if args.training_mode == "embedding":
-        return f"{soft} from {args.prompt_embedding_path}"
+    if args.soft_prompt_setting:
+        return f"{soft} from {getattr(args, args.soft_prompt_setting)}"
     text = f"the tokens of {args.preference_text!r}, cut or repeated"
     return f"{soft}, to be trained; start: {text if args.prompt_init == 'text' else 'random tokens'}"
 
@@ -3957,7 +4610,7 @@ def unused_path(folder: Path, name: str) -> Path:
 
 
 # ======================================================================================================================
-# 16 · Main — parse, check, build, train, save.
+# 17 · Main — parse, check, build, train, save; or evaluate.
 # ======================================================================================================================
 
 
@@ -3971,6 +4624,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     args, problems = read_arguments(argv)
+    if args.evaluate_only:
+        return evaluate(args, problems)
     # a folder that is moved aside may hold the working folder
     folders = {"output_dir": os.path.abspath(args.output_path), "log_dir": os.path.abspath(args.log_path)}
     if args.reference_cache and args.reference_cache_path:
@@ -3984,6 +4639,75 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(launch_settings(args, devices), flush=True)
         return
     train(args, devices, pairs, reports)
+
+
+def evaluate(args: ScriptArguments, problems: Sequence[str]) -> None:
+    """Scores the test data, in this process alone; writes nothing but EVALUATION_FILE.
+
+    Args:
+        problems: those of the arguments.
+
+    Raises:
+        InputError: the settings, files or data cannot be used.
+    """
+    found, failed = problems_of(evaluation_settings, args)
+    args = found or args
+    devices, pairs, reports = check_inputs(args, [*problems, *failed])
+    print(describe_evaluation(args, devices, reports["test"]), file=sys.stderr, flush=True)
+    if args.plan:
+        return
+    model_path = resolve_model_path(args.policy_model_path)
+    config, tokenizer = load_config_and_tokenizer(model_path, args.policy_model_path)
+    prefix, start = choose_prefix(args, config, tokenizer)
+    dataset = tokenize_datasets(args, config, tokenizer, prefix, pairs, reports)["test"]
+    model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
+    scores = score_in_memory(args, model, evaluation_device(devices), start, dataset)
+    require_finite_scores(scores, dataset)
+    results = evaluation_results(args, scores, dataset)
+    print(evaluation_table(results), flush=True)
+    if args.evaluation_file:
+        path = expanded(args.evaluation_file)
+        kept = {name: value for name, value in dataclasses.asdict(args).items() if name not in args.not_used}
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"settings": kept, "dropped": reports["test"].dropped, **results})
+        print(f"written to {args.evaluation_file}", flush=True)
+
+
+def evaluation_device(devices: Devices) -> torch.device:
+    """The first of the devices, as PyTorch counts those that are visible to it."""
+    if not devices.on_gpu:
+        return torch.device("cpu")
+    number = int(devices.include.partition(":")[2].split(",")[0])
+    return torch.device("cuda", available_gpus().index(number))
+
+
+def score_in_memory(
+    args: ScriptArguments, model: PreTrainedModel, device: torch.device, start: Any, dataset: PairDataset
+) -> dict[str, torch.Tensor]:
+    """`score_dataset` with the adapter put on the model, which is moved to its device; the first pairs are checked.
+
+    Raises:
+        InputError: the model or its forwards do not fit there.
+        SelfCheckError: the packed forward does not give what the model's own forward, or PEFT's adapter, gives.
+    """
+    policy, soft_prompt, first = build_policy_in_memory(args, model, device, start, dataset)
+    if args.adapter_path and not args.trains_prefix:
+        for parameter in policy.parameters():
+            parameter.data = parameter.data.to(model.dtype)  # as the engine held it in training
+        batch = first_batch(dataset, len(first.start["base"]))
+        scored = {condition: teacher_logps(policy, batch[condition].to(device)) for condition in first.start}
+        for condition, logps in scored.items():
+            nats = rounding(model.dtype, dataset.pairs)
+            require_close(f"the policy ({condition})", logps, "PEFT's adapter", first.start[condition], nats)
+        compared = {condition: logps[:COMPARED_PAIRS] for condition, logps in scored.items()}
+        check_packed_forward(policy.get_base_model(), dataset.pairs[: len(compared["base"])], compared, soft_prompt)
+    fit, scores = within_memory(device, lambda: score_dataset(args, policy, dataset, device))
+    if not fit:
+        size = args.pairs_per_forward
+        what = f"{describe('pairs_per_forward', size)}: so many do not fit into memory; lower it"
+        raise InputError(what if size > 1 else memory_problem(args, "one pair does not fit into memory", device))
+    return scores
 
 
 def train(
@@ -4007,7 +4731,9 @@ def train(
     model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
     weights = weights_digest(model)
     identity = reference_identity(model, weights, hf_args.device)
-    policy, soft_prompt, base_logps = build_policy_in_memory(args, model, hf_args.device, start, datasets["train"])
+    policy, soft_prompt, first_scores = build_policy_in_memory(args, model, hf_args.device, start, datasets["train"])
+    if args.adapter_path and args.starts_as_reference:
+        identity["adapter"] = adapter_identity(policy)
     cache = ReferenceCache(args.reference_cache_path, identity, weights_digest(soft_prompt) if soft_prompt else "")
     used = fitting_settings(args, hf_args, policy, datasets["train"])
     if used.pairs_per_forward < args.pairs_per_forward:
@@ -4017,7 +4743,7 @@ def train(
         content = {"the base model": weights, "what the tokenizer makes": tokens}
         locks, earlier = take_folders(args, devices, content)
     trainer = PreferenceGuidedDPOTrainer(
-        policy, hf_args, used, datasets["train"], datasets["test"], tokenizer, base_logps, soft_prompt
+        policy, hf_args, used, datasets["train"], datasets["test"], tokenizer, first_scores, soft_prompt
     )
     trainer.add_callback(RunCallback(trainer, cache))
     trainer.add_callback(TagCallback(args.log_path, hyperparameters(args), args.not_used))
@@ -4107,8 +4833,8 @@ def choose_prefix(
         InputError: there is no such soft prompt, or it does not fit the model's context.
     """
     start = None
-    if args.training_mode == "embedding":
-        start = read_soft_prompt(args.prompt_embedding_path, embedding_size(config))
+    if name := args.soft_prompt_setting:
+        start = read_soft_prompt(getattr(args, name), embedding_size(config), name)
     elif args.trains_prefix:
         start = initial_ids(args, tokenizer, config)
     prefix = Prefix(args.preference_text) if start is None else Prefix(num_virtual_tokens=len(start))
@@ -4123,38 +4849,43 @@ def build_policy(
     model: PreTrainedModel,
     start: torch.Tensor | list[int] | None,
     dataset: PairDataset,
-) -> tuple[PeftModel, nn.Embedding | None, dict[str, torch.Tensor]]:
-    """What is trained, its soft prompt, and the base model's log-probabilities (P, 2) of the first training pairs.
+) -> tuple[PeftModel | PreTrainedModel, nn.Embedding | None, FirstScores]:
+    """What is trained or evaluated, its soft prompt, and the first pairs' log-probabilities before any training.
 
-    The latter, plain ("base") and with the prefix ("pref"), are checked against the model's own forward.
+    The base model's are checked against its own forward. An evaluation without an adapter has the model alone.
 
     Args:
         model: the base model, on its device.
-        start: the soft prompt (K, H) of embedding mode, or the K token ids from which P-tuning starts.
+        start: the soft prompt (K, H) that was read, or the K token ids from which P-tuning starts.
 
     Raises:
         SelfCheckError: the packed forward does not give what the model's own forward gives.
     """
     soft_prompt = None
-    if args.training_mode == "embedding":
+    if isinstance(start, torch.Tensor):
         soft_prompt = nn.Embedding.from_pretrained(start).to(model.device)
-    elif args.trains_prefix:
+    elif start is not None:
         soft_prompt = soft_prompt_from(model, start)
     enable_packed_forward(model, soft_prompt)
     batch = first_batch(dataset, min(args.pairs_per_forward, CHECKED_PAIRS))
-    base_logps = {condition: teacher_logps(model, batch[condition].to(model.device)) for condition in ("base", "pref")}
+    rows = {condition: batch[condition].to(model.device) for condition in ("base", "pref")}
+    base_logps = {condition: teacher_logps(model, row) for condition, row in rows.items()}
     compared = {condition: logps[:COMPARED_PAIRS] for condition, logps in base_logps.items()}
     check_packed_forward(model, dataset.pairs[: len(compared["base"])], compared, soft_prompt)
+    if args.evaluate_only and not args.adapter_path:
+        return model, soft_prompt, FirstScores(base_logps, base_logps)
     if args.trains_prefix:
-        return add_soft_prompt(model, soft_prompt), soft_prompt, base_logps
-    policy = add_adapter(model, args)
+        return add_soft_prompt(model, soft_prompt), soft_prompt, FirstScores(base_logps, base_logps)
+    policy, start_logps = add_adapter(model, args), base_logps
+    if args.adapter_path:
+        start_logps = {condition: teacher_logps(policy, row) for condition, row in rows.items()}
     speed_up_adapter(policy, args.gradient_checkpointing)
-    return policy, soft_prompt, base_logps
+    return policy, soft_prompt, FirstScores(base_logps, start_logps)
 
 
 def build_policy_in_memory(
     args: ScriptArguments, model: PreTrainedModel, device: torch.device, start: Any, dataset: PairDataset
-) -> tuple[PeftModel, nn.Embedding | None, dict[str, torch.Tensor]]:
+) -> tuple[PeftModel, nn.Embedding | None, FirstScores]:
     """`build_policy` with the model moved to its device.
 
     Raises:

@@ -43,7 +43,7 @@ DEFAULTS = {
 # design §3: variables whose default the design leaves open
 OPEN = """preference_text pairs_per_forward seed eval_steps loss_type label_smoothing prompt_init gradient_checkpointing
 precision zero_stage offload ds_config hostfile node_rank master_addr cpu_ranks load_in_4bit adapter_path preset
-ptuning_learning_rate reference_cache"""
+ptuning_learning_rate reference_cache adapter_reference"""
 
 # field → (values just inside, values just outside)
 BORDERS = {
@@ -84,7 +84,7 @@ ONLY = {
     "loss_type": (("sigmoid", "ipo", "hinge", "robust"), ("IPO", "dpo", ""), "'sigmoid' or 'ipo' or"),
     "precision": (("auto", "bf16", "fp32"), ("fp16", "float32", ""), "'auto' or 'bf16' or 'fp32'"),
     "load_in_4bit": (("false", "0", "no"), ("true", "1"), "False"),
-    "adapter_path": (("",), ("adapter",), "''"),
+    "adapter_reference": (("", "base", "adapter"), ("policy", "Base"), "'base' or 'adapter'"),
     "zero_stage": (("",), ("2", "3"), "DS_CONFIG"),
     "offload": (("",), ("optimizer",), "DS_CONFIG"),
     "hostfile": (("",), ("hosts",), "''"),
@@ -125,6 +125,7 @@ WRONG_TYPE = {
 
 # field or value → what else must be set for it to be accepted
 NEEDED = {"embedding": ["--prompt_embedding_path=soft.pt"], "label_smoothing": ["--loss_type=robust"]}
+NEEDED |= dict.fromkeys(("base", "adapter"), ["--adapter_path=adapter"])
 
 
 def problems(*argv: str) -> list[str]:
@@ -303,8 +304,12 @@ def test_only_the_robust_loss_smooths_labels(loss_type):
     ],
 )
 def test_a_path_that_cannot_be_looked_up(name, path, words):
-    mode = ["--training_mode=embedding"] if name == "prompt_embedding_path" else []
-    (line,) = problems(f"--{name}={path}", *mode)
+    needed = {
+        "prompt_embedding_path": ["--training_mode=embedding"],
+        "adapter_path": ["--adapter_reference=base"],
+        "evaluation_file": ["--evaluate_only"],
+    }
+    (line,) = problems(f"--{name}={path}", *needed.get(name, []))
     assert line == f"- {T.describe(name, path)}: {words}"
 
 

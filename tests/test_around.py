@@ -224,7 +224,9 @@ class BeforeTraining(SimpleNamespace):
         settings = T.ScriptArguments(training_mode=mode, beta=1.0)
         policy = T.add_soft_prompt(causal_lm, soft) if mode == "ptuning" else T.add_adapter(causal_lm, settings)
         dataset.ref_logps["base"] = T.reference_logps(policy, T.first_batch(dataset, len(dataset))["base"])
-        super().__init__(model=policy, soft_prompt=soft, train_dataset=dataset, base_logps=base_logps)
+        first = T.FirstScores(base_logps, base_logps)
+        super().__init__(model=policy, soft_prompt=soft, train_dataset=dataset, first_scores=first)
+        self.reference_weights = None
         self.settings, self.state, self._prepare_inputs = settings, SimpleNamespace(global_step=0), dict
 
 

@@ -23,9 +23,9 @@ import train_with_preference_prompt as T
 # Says of every forward of the reference how many pairs it has; the self-check adds one of the first pairs.
 COUNTED = """
 score = T.reference_logps
-def counted(model, row):
+def counted(model, row, weights):
     print("scored", len(row.trees), flush=True)
-    return score(model, row)
+    return score(model, row, weights)
 T.reference_logps = counted
 """
 SELF_CHECK = [2]  # PAIRS_PER_FORWARD
@@ -169,11 +169,11 @@ def test_an_interrupted_pass_goes_on_where_it_was(how, short, tmp_path):
     ended = f"""
 import os, signal
 forwards, score = [], T.reference_logps
-def ends(model, row):
+def ends(model, row, weights):
     forwards.append(1)
     if len(forwards) == 12:
         os.kill(os.getpid(), signal.{how})
-    return score(model, row)
+    return score(model, row, weights)
 T.reference_logps = ends
 """
     assert train({**short, "OVERWRITE": "true"}, tmp_path, sabotaged(ended, tmp_path)).returncode < 0
@@ -201,7 +201,8 @@ def test_numbers_that_another_model_gave_stop_the_run(copied, tmp_path):
 def test_a_reference_that_is_not_finite_is_not_kept(short, tmp_path):
     patch = """
 score = T.reference_logps
-T.reference_logps = lambda model, row: score(model, row).masked_fill(torch.arange(len(row.trees))[:, None] == 1, {})
+broken = lambda row: torch.arange(len(row.trees))[:, None] == 1
+T.reference_logps = lambda model, row, weights: score(model, row, weights).masked_fill(broken(row), {})
 """
     for number in ("float('nan')", "float('inf')"):
         result = train({**short, "OVERWRITE": "true"}, tmp_path, sabotaged(patch.format(number), tmp_path))
