@@ -3382,7 +3382,7 @@ def wilson_interval(count: int, of: int) -> tuple[float, float]:
     squared = Z_95**2
     centre = (count + squared / 2) / (of + squared)
     half = Z_95 / (of + squared) * math.sqrt(count * (of - count) / of + squared / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return centre - half if count > 0 else 0.0, centre + half if count < of else 1.0
 
 
 def share_of(hits: torch.Tensor) -> dict[str, float]:

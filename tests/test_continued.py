@@ -113,19 +113,20 @@ def test_what_is_saved_is_the_continued_adapter(reference, continued, first, tin
     torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + 9 / 3 * b @ a)
 
 
-def test_before_in_the_samples_is_the_model_at_the_start(continued, tiny_run, first, tokenizer):
-    """Not the base model: the first run's answers."""
-    for reference in REFERENCES:
-        (table,) = (logs for logs in series(continued[reference][0], T.SAMPLES_TAG))
-        before = [row.split(" | ")[1] for row in table.splitlines()[2:]]
-        model = PeftModel.from_pretrained(base_model(tiny_run), first).eval()
-        prompt = json.loads(open(tiny_run["TEST_DATASET_PATH"]).readline())["prompt"]
-        text = [{"role": "user", "content": prompt}]
-        ids = tokenizer(
-            tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True), return_tensors="pt"
-        )
-        answer = model.generate(**ids, max_new_tokens=T.SAMPLE_TOKENS, do_sample=False)[0, ids.input_ids.shape[1] :]
-        assert before[0] == T.table_cell(tokenizer.decode(answer, skip_special_tokens=True))
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_before_in_the_samples_is_the_model_at_the_start(reference, continued, tiny_run, first, tokenizer):
+    """The first run's answers, not the base model's."""
+    (table,) = series(continued[reference][0], T.SAMPLES_TAG)
+    question = [{"role": "user", "content": json.loads(open(tiny_run["TEST_DATASET_PATH"]).readline())["prompt"]}]
+    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    models = {"base": base_model(tiny_run), "first": PeftModel.from_pretrained(base_model(tiny_run), first)}
+    shown = {}
+    for name, model in models.items():
+        options = {"max_new_tokens": T.SAMPLE_TOKENS, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+        answer = model.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        shown[name] = T.table_cell(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)) in table
+    assert shown == {"base": False, "first": True}
 
 
 @pytest.mark.parametrize("reference", ["adapter"])
@@ -269,7 +270,7 @@ def edit_matrices(folder, change):
 
 
 def renamed(state, old, new):
-    return {name.replace(old, new): value for name, value in state.items()}
+    return {name.replace(old, new): value.clone() for name, value in state.items()}
 
 
 class Code:
@@ -321,7 +322,7 @@ REFUSED = {  # what is done to a good adapter → words of the error
         "it holds base_model.model.lm_head.weight, no LoRA matrix of a linear layer",
     ),
     "numbers that are none": (lambda f: edit_matrices(f, with_poison), "no finite floating-point matrix"),
-    "code": (with_code, "it asks to run 'builtins.eval', which is refused"),
+    "code": (with_code, "it asks to run 'eval', which is refused"),
     "no tensors": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"xyz"), "is not a file of tensors"),
 }
 
