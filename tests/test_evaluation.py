@@ -299,7 +299,7 @@ def test_the_model_cards_front_matter_and_figures(runs, tiny_run):
             values = series(runs[mode], tag)
             assert f"| {tag} | {values[0]:.4f} | {values[-1]:.4f} |" in card
         reference = "the same model without the soft prompt" if mode == "ptuning" else "the base model, adapter off"
-        assert f"| reference | {reference} |" in card and "| updates | 3 (1 epochs) |" in card
+        assert f"| reference | {reference} |" in card and "| updates | 3 (1 epoch(s)) |" in card
         assert f"torch {torch.__version__.split('+')[0]}" in card and "| pairs per update | 5 (1 × 5) |" in card
         assert len(tags) >= 12
 
