@@ -4052,11 +4052,10 @@ def evaluation_settings(args: ScriptArguments) -> ScriptArguments:
 def run_differences(args: ScriptArguments) -> list[str]:
     """Settings in which the run that made the adapter differs from the evaluation, so that its figures differ too."""
     try:
-        made_with = json.loads((expanded(args.adapter_path) / RUN_SETTINGS).read_text(encoding="utf-8"))
-        recorded = dict(made_with)
+        recorded = dict(json.loads((expanded(args.adapter_path) / RUN_SETTINGS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return []  # not made by this program
-    compared = [name for name in EVALUATION_SETTINGS if name not in args.not_used]
+    compared = [name for name in ("training_mode", *EVALUATION_SETTINGS) if name not in args.not_used]
     found = [
         f"{name.upper()} {shortened(repr(recorded[name]))}, not {shortened(repr(getattr(args, name)))}"
         for name in compared
@@ -4288,7 +4287,7 @@ def describe_evaluation(args: ScriptArguments, devices: Devices, report: DataRep
         del lines["reference"]
     elif not args.trains_prefix:
         lines["adapter"] = describe_adapter(args)
-    if differences := run_differences(args):
+    if args.adapter_path and (differences := run_differences(args)):
         lines["notice"] = f"other figures than those of the run that made the adapter: it had {'; '.join(differences)}"
     idle = [name for name in args.not_used if getattr(args, name) != getattr(ScriptArguments, name)]
     if idle:

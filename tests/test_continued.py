@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +194,68 @@ def test_settings_that_do_not_go_together(flags, words):
         parse(flags)
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"- {words}")
+
+
+# --- the checks before training
+
+
+def before_training(reference, causal_lm, tokenized):
+    """What `check_before_training` sees of a trainer that continues from an adapter, with β 1."""
+    dataset = T.PairDataset(tokenized)
+    T.enable_packed_forward(causal_lm)
+    rows = {condition: T.first_batch(dataset, 4)[condition] for condition in ("base", "pref")}
+    base_logps = {condition: T.teacher_logps(causal_lm, row) for condition, row in rows.items()}
+    policy = T.add_adapter(causal_lm, T.ScriptArguments(lora_dropout=0.5))
+    torch.manual_seed(0)
+    trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    weights = start if reference == "adapter" else None
+    dataset.ref_logps["base"] = T.reference_logps(policy, T.first_batch(dataset, len(dataset))["base"], weights)
+    first = T.FirstScores(base_logps, {condition: T.teacher_logps(policy, row) for condition, row in rows.items()})
+    trainer = SimpleNamespace(model=policy, soft_prompt=None, train_dataset=dataset, first_scores=first)
+    trainer.settings = T.ScriptArguments(adapter_path="a", adapter_reference=reference, beta=1.0)
+    trainer.state, trainer._prepare_inputs, trainer.reference_weights = SimpleNamespace(global_step=0), dict, weights
+    trainer.score = lambda *arguments, **options: T.PreferenceGuidedDPOTrainer.score(trainer, *arguments, **options)
+    return trainer
+
+
+def scaled(parameters, part):
+    with torch.no_grad():
+        for name, parameter in parameters:
+            if part in name:
+                parameter.mul_(1.2)
+
+
+BROKEN = {  # (reference, what is broken) → (what breaks it, words of the error)
+    ("base", "nothing"): (lambda t: None, None),
+    ("adapter", "nothing"): (lambda t: None, None),
+    ("base", "policy"): (
+        lambda t: scaled(t.model.named_parameters(), "lora_B"),
+        "the policy and of the model with the",
+    ),
+    ("adapter", "policy"): (lambda t: scaled(t.model.named_parameters(), "lora_B"), "does not start as the reference"),
+    ("base", "base model"): (
+        lambda t: scaled(t.model.named_parameters(), "base_layer"),
+        "the reference (adapter off) and of the base model differ",
+    ),
+    ("adapter", "reference"): (
+        lambda t: scaled(t.reference_weights.items(), "lora_B"),
+        "the reference (the adapter as it was) and of the model with the adapter differ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("reference", "broken"), BROKEN)
+def test_the_checks_before_training(reference, broken, tokenizer, tokenized):
+    trainer = before_training(reference, make_model("llama", len(tokenizer)), tokenized)
+    breaks, words = BROKEN[reference, broken]
+    breaks(trainer)
+    if words is None:
+        return T.check_before_training(trainer)
+    with pytest.raises(T.SelfCheckError, match=re.escape(words)):
+        T.check_before_training(trainer)
 
 
 # --- adapters that PEFT made

@@ -175,6 +175,9 @@ def test_another_setting_than_the_runs_is_said(runs, tiny_run, tmp_path):
     flags = [flag for flag in settings_of("text", tiny_run, runs) if "beta" not in flag]
     said = evaluate(tmp_path, *flags, "--plan")[0].stderr
     assert "it had BETA 0.1, not 0.05" in said and list(tmp_path.iterdir()) == []
+    settings = {"evaluate_only": True, "adapter_path": str(output_of(runs["embedding"])), "beta": 0.1}
+    (difference,) = T.run_differences(T.ScriptArguments(**settings, preference_text=PREFERENCE))
+    assert difference == "TRAINING_MODE 'embedding', not 'text'"
 
 
 def test_nothing_is_overwritten_and_all_problems_are_listed(runs, tiny_run, tmp_path):
