@@ -2033,8 +2033,9 @@ def saved_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
     try:
         policy = get_peft_model(model, config)
     except Exception as error:  # damaged configurations raise anything
-        reason = f"its configuration (r {shortened(repr(rank))}, target_modules {shortened(repr(targets))}) fits not"
-        raise InputError(f"{where}: {reason} the model: {shortened(' '.join(str(error).split()))}") from error
+        settings = f"r {shortened(repr(rank))}, target_modules {shortened(repr(targets))}"
+        reason = f"{shortened(' '.join(str(error).split()))}; name the adapter's own base model, or another adapter"
+        raise InputError(f"{where}: its configuration ({settings}) does not fit the model: {reason}") from error
     misfits = adapter_misfits(policy, found)
     if misfits:
         raise InputError(*(f"{where}: {misfit}" for misfit in misfits))
@@ -3106,8 +3107,8 @@ def reference_scores(
     mine = torch.zeros(len(pairs), 3, device=trainer.args.device)  # chosen, rejected, 1 where scored
     for number, batch in enumerate(tqdm(loader, desc=f"reference, {name}", leave=False, disable=quiet), start=1):
         batch = trainer._prepare_inputs(batch)
-        scored = reference_logps(trainer.model, batch[condition], trainer.reference_weights)
-        logps = F.pad(scored, (0, 1), value=1.0)
+        logps = reference_logps(trainer.model, batch[condition], trainer.reference_weights)
+        logps = F.pad(logps, (0, 1), value=1.0)
         mine.index_add_(0, batch["indices"], logps * batch["weights"][:, None])
         if number % every == 0 or number == len(loader):
             scored = mine.clone()
@@ -3552,7 +3553,8 @@ class RunCallback(TrainerCallback):
 # ======================================================================================================================
 
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
-EVALUATION_SETTINGS = ("preference_text", "beta", "max_length", "max_prompt_length")  # on which the figures depend
+# on which the figures depend, beside model, adapter and data
+EVALUATION_SETTINGS = ("preference_text", "beta", "max_length", "max_prompt_length", "precision")
 # Chosen less rejected answer in tokens: the largest difference of each bin but the last, and the bins' names.
 LENGTH_BOUNDS = (-51, -11, 10, 50)
 LENGTH_BINS = ("shorter by > 50", "shorter by 11 to 50", "within 10", "longer by 11 to 50", "longer by > 50")
@@ -3563,7 +3565,7 @@ def wilson_interval(count: int, of: int) -> tuple[float, float]:
     squared = Z_95**2
     centre = (count + squared / 2) / (of + squared)
     half = Z_95 / (of + squared) * math.sqrt(count * (of - count) / of + squared / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return centre - half if count > 0 else 0.0, centre + half if count < of else 1.0
 
 
 def share_of(hits: torch.Tensor) -> dict[str, float]:
@@ -3937,21 +3939,22 @@ def card_commands(args: ScriptArguments, base_path: str, folder: str) -> str:
 
 def card_training(trainer: PreferenceGuidedDPOTrainer) -> dict[str, Any]:
     """What the model card says of the training itself: how much, how long, on what, with which versions."""
-    args, state, ranks = trainer.settings, trainer.state, trainer.args.world_size
+    args, state, ranks, soft_prompt = trainer.settings, trainer.state, trainer.args.world_size, trainer.soft_prompt
     seconds = next((logs["train_runtime"] for logs in reversed(state.log_history) if "train_runtime" in logs), 0.0)
     speeds = [logs[PAIRS_PER_SECOND_TAG] for logs in state.log_history if PAIRS_PER_SECOND_TAG in logs]
     on_gpu = trainer.args.device.type == "cuda"
-    device = torch.cuda.get_device_name(trainer.args.device) if on_gpu else f"CPU, {CORES} cores"
+    place = f"{ranks} × {torch.cuda.get_device_name(trainer.args.device)}" if on_gpu else f"CPU, {ranks} rank(s)"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return {
         "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "preference": args.preference_text if soft_prompt is None else f"{soft_prompt.num_embeddings} soft embeddings",
         "reference": describe_reference(args),
-        "updates": f"{state.global_step} ({args.num_epochs:g} epochs)",
+        "updates": f"{state.global_step} ({args.num_epochs:g} epoch(s))",
         "pairs per update": f"{ranks * args.gradient_accum_steps} ({ranks} × {args.gradient_accum_steps})",
         "time": f"{datetime.timedelta(seconds=round(seconds))}" + (" since it was resumed" if args.resume else ""),
         "pairs per second, median of the updates": f"{torch.tensor(speeds).median():.2f}" if speeds else "none",
         "peak memory": describe_peak_memory(trainer),
-        "device": f"{ranks} × {device}, {str(trainer.model.get_base_model().dtype).removeprefix('torch.')}",
+        "device": f"{place}, {str(trainer.model.get_base_model().dtype).removeprefix('torch.')}",
         "versions": f"Python {platform.python_version()}, {versions}",
     }
 
@@ -3963,7 +3966,8 @@ def model_card(trainer: PreferenceGuidedDPOTrainer, base_path: str, reports: Map
     data = ((split, r.path, r.rows, r.usable, r.describe_dropped()) for split, r in reports.items())
     held_out = (tags[1] for tags in TAGS.values() if tags[1] in first and tags[1] in last)
     metrics = ((tag, f"{first[tag]:.4f}", f"{last[tag]:.4f}") for tag in held_out)
-    settings = [(n, v) for n, v in dataclasses.asdict(args).items() if n not in args.not_used]
+    of_start = ("plan", "resume", "overwrite", "evaluate_only", *args.not_used)
+    settings = [(n, v) for n, v in dataclasses.asdict(args).items() if n not in of_start and v != ""]
     if trainer.soft_prompt is not None:
         settings.append(("embeddings of the soft prompt", trainer.soft_prompt.num_embeddings))
     method = "prompt-tuning" if args.trains_prefix else "lora"
@@ -4003,7 +4007,7 @@ From the folder of the trainer:
 
 ## Training
 
-{table(("", ""), card_training(trainer).items())}
+{table(("what", "value"), card_training(trainer).items())}
 
 ## Settings
 
@@ -4244,11 +4248,10 @@ def evaluation_settings(args: ScriptArguments) -> ScriptArguments:
 def run_differences(args: ScriptArguments) -> list[str]:
     """Settings in which the run that made the adapter differs from the evaluation, so that its figures differ too."""
     try:
-        made_with = json.loads((expanded(args.adapter_path) / RUN_SETTINGS).read_text(encoding="utf-8"))
-        recorded = dict(made_with)
+        recorded = dict(json.loads((expanded(args.adapter_path) / RUN_SETTINGS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return []  # not made by this program
-    compared = [name for name in EVALUATION_SETTINGS if name not in args.not_used]
+    compared = [name for name in ("training_mode", *EVALUATION_SETTINGS) if name not in args.not_used]
     found = [
         f"{name.upper()} {shortened(repr(recorded[name]))}, not {shortened(repr(getattr(args, name)))}"
         for name in compared
@@ -4480,7 +4483,7 @@ def describe_evaluation(args: ScriptArguments, devices: Devices, report: DataRep
         del lines["reference"]
     elif not args.trains_prefix:
         lines["adapter"] = describe_adapter(args)
-    if differences := run_differences(args):
+    if args.adapter_path and (differences := run_differences(args)):
         lines["notice"] = f"other figures than those of the run that made the adapter: it had {'; '.join(differences)}"
     idle = [name for name in args.not_used if getattr(args, name) != getattr(ScriptArguments, name)]
     if idle:

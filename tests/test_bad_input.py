@@ -567,6 +567,20 @@ MODELS = {
         "that folder holds an adapter, not a model; name the base model it was trained from",
         trains=False,
     ),
+    "no adapter, and another mistake": case(
+        "BETA (--beta) is -1.0: must be a finite number above 0; …",
+        "ADAPTER_PATH (--adapter_path) is 'none': there is no such folder; name the local folder of an adapter, such …",
+        BETA="-1",
+        ADAPTER_PATH="none",
+        ADAPTER_REFERENCE="base",
+    ),
+    "soft prompt for an adapter": case(
+        "ADAPTER_PATH (--adapter_path) is 'soft': it is a 'PROMPT_TUNING' adapter, and only LoRA can be continued; "
+        "name it in PROMPT_EMBEDDING_PATH with TRAINING_MODE=embedding",
+        files={"soft": {"adapter_config.json": '{"peft_type": "PROMPT_TUNING"}'}},
+        ADAPTER_PATH="soft",
+        ADAPTER_REFERENCE="adapter",
+    ),
     "hub id that cannot be reached": case(
         "POLICY_MODEL_PATH (--policy_model_path) is 'nobody7/model': it cannot be loaded (…): …; …",
         POLICY_MODEL_PATH="nobody7/model",

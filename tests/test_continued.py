@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,19 +115,20 @@ def test_what_is_saved_is_the_continued_adapter(reference, continued, first, tin
     torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + 9 / 3 * b @ a)
 
 
-def test_before_in_the_samples_is_the_model_at_the_start(continued, tiny_run, first, tokenizer):
-    """Not the base model: the first run's answers."""
-    for reference in REFERENCES:
-        (table,) = (logs for logs in series(continued[reference][0], T.SAMPLES_TAG))
-        before = [row.split(" | ")[1] for row in table.splitlines()[2:]]
-        model = PeftModel.from_pretrained(base_model(tiny_run), first).eval()
-        prompt = json.loads(open(tiny_run["TEST_DATASET_PATH"]).readline())["prompt"]
-        text = [{"role": "user", "content": prompt}]
-        ids = tokenizer(
-            tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True), return_tensors="pt"
-        )
-        answer = model.generate(**ids, max_new_tokens=T.SAMPLE_TOKENS, do_sample=False)[0, ids.input_ids.shape[1] :]
-        assert before[0] == T.table_cell(tokenizer.decode(answer, skip_special_tokens=True))
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_before_in_the_samples_is_the_model_at_the_start(reference, continued, tiny_run, first, tokenizer):
+    """The first run's answers, not the base model's."""
+    (table,) = series(continued[reference][0], T.SAMPLES_TAG)
+    question = [{"role": "user", "content": json.loads(open(tiny_run["TEST_DATASET_PATH"]).readline())["prompt"]}]
+    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    models = {"base": base_model(tiny_run), "first": PeftModel.from_pretrained(base_model(tiny_run), first)}
+    shown = {}
+    for name, model in models.items():
+        options = {"max_new_tokens": T.SAMPLE_TOKENS, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+        answer = model.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        shown[name] = T.table_cell(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)) in table
+    assert shown == {"base": False, "first": True}
 
 
 @pytest.mark.parametrize("reference", ["adapter"])
@@ -191,6 +194,68 @@ def test_settings_that_do_not_go_together(flags, words):
         parse(flags)
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"- {words}")
+
+
+# --- the checks before training
+
+
+def before_training(reference, causal_lm, tokenized):
+    """What `check_before_training` sees of a trainer that continues from an adapter, with β 1."""
+    dataset = T.PairDataset(tokenized)
+    T.enable_packed_forward(causal_lm)
+    rows = {condition: T.first_batch(dataset, 4)[condition] for condition in ("base", "pref")}
+    base_logps = {condition: T.teacher_logps(causal_lm, row) for condition, row in rows.items()}
+    policy = T.add_adapter(causal_lm, T.ScriptArguments(lora_dropout=0.5))
+    torch.manual_seed(0)
+    trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    weights = start if reference == "adapter" else None
+    dataset.ref_logps["base"] = T.reference_logps(policy, T.first_batch(dataset, len(dataset))["base"], weights)
+    first = T.FirstScores(base_logps, {condition: T.teacher_logps(policy, row) for condition, row in rows.items()})
+    trainer = SimpleNamespace(model=policy, soft_prompt=None, train_dataset=dataset, first_scores=first)
+    trainer.settings = T.ScriptArguments(adapter_path="a", adapter_reference=reference, beta=1.0)
+    trainer.state, trainer._prepare_inputs, trainer.reference_weights = SimpleNamespace(global_step=0), dict, weights
+    trainer.score = lambda *arguments, **options: T.PreferenceGuidedDPOTrainer.score(trainer, *arguments, **options)
+    return trainer
+
+
+def scaled(parameters, part):
+    with torch.no_grad():
+        for name, parameter in parameters:
+            if part in name:
+                parameter.mul_(1.2)
+
+
+BROKEN = {  # (reference, what is broken) → (what breaks it, words of the error)
+    ("base", "nothing"): (lambda t: None, None),
+    ("adapter", "nothing"): (lambda t: None, None),
+    ("base", "policy"): (
+        lambda t: scaled(t.model.named_parameters(), "lora_B"),
+        "the policy and of the model with the",
+    ),
+    ("adapter", "policy"): (lambda t: scaled(t.model.named_parameters(), "lora_B"), "does not start as the reference"),
+    ("base", "base model"): (
+        lambda t: scaled(t.model.named_parameters(), "base_layer"),
+        "the reference (adapter off) and of the base model differ",
+    ),
+    ("adapter", "reference"): (
+        lambda t: scaled(t.reference_weights.items(), "lora_B"),
+        "the reference (the adapter as it was) and of the model with the adapter differ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("reference", "broken"), BROKEN)
+def test_the_checks_before_training(reference, broken, tokenizer, tokenized):
+    trainer = before_training(reference, make_model("llama", len(tokenizer)), tokenized)
+    breaks, words = BROKEN[reference, broken]
+    breaks(trainer)
+    if words is None:
+        return T.check_before_training(trainer)
+    with pytest.raises(T.SelfCheckError, match=re.escape(words)):
+        T.check_before_training(trainer)
 
 
 # --- adapters that PEFT made
@@ -269,7 +334,7 @@ def edit_matrices(folder, change):
 
 
 def renamed(state, old, new):
-    return {name.replace(old, new): value for name, value in state.items()}
+    return {name.replace(old, new): value.clone() for name, value in state.items()}
 
 
 class Code:
@@ -321,7 +386,7 @@ REFUSED = {  # what is done to a good adapter → words of the error
         "it holds base_model.model.lm_head.weight, no LoRA matrix of a linear layer",
     ),
     "numbers that are none": (lambda f: edit_matrices(f, with_poison), "no finite floating-point matrix"),
-    "code": (with_code, "it asks to run 'builtins.eval', which is refused"),
+    "code": (with_code, "it asks to run 'eval', which is refused"),
     "no tensors": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"xyz"), "is not a file of tensors"),
 }
 
