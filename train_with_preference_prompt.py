@@ -4444,8 +4444,9 @@ def check_inputs(
     devices = check(
         {"gpu_nodes", "cpu_ranks"}, lambda: resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus())
     )
-    read = {split: check({f"{split}_dataset_path", "data_format"}, read_split, args, split) for split in args.sources}
-    divided = check({"test_share"}, divide, args, read) if all(read.values()) else None
+    splits = [] if "data_format" in wrong else args.sources
+    read = {split: check({f"{split}_dataset_path"}, read_split, args, split) for split in splits}
+    divided = check({"test_share"}, divide, args, read) if read and all(read.values()) else None
     if args.training_mode == "embedding" or (args.trains_prefix and not problems):
         check({"prompt_embedding_path", "policy_model_path"}, soft_prompt_size, args)
     if args.resume and not problems:
