@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import CHATML, PREFERENCE, ROWS, write_rows
 from test_tokenise import DROPS, END, REFUSES, ids, template_ids, variant
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import train_with_preference_prompt as T
@@ -71,6 +71,10 @@ def shaped(name: str):
         else pre_tokenizers.ByteLevel(add_prefix_space=False)
     )
     core.decoder = decoders.Metaspace(prepend_scheme="first") if with_spaces else decoders.ByteLevel()
+    if name == "Llama 2, no template":  # the older form, in which a text that begins with a space gets a second one
+        core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     made = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=specials[0],
