@@ -17,8 +17,9 @@ GPU_NODES="${GPU_NODES:-auto}"                          # auto: all GPUs, else t
 
 # ---- model and data ---------------------------------------------------------------------------------------------
 POLICY_MODEL_PATH="${POLICY_MODEL_PATH:-}"              # local folder or hub id; empty: the bundled small model
-TRAIN_DATASET_PATH="${TRAIN_DATASET_PATH:-}"            # JSON lines with prompt, chosen, rejected; empty: 160 bundled pairs
-TEST_DATASET_PATH="${TEST_DATASET_PATH:-}"              # the same, held out; empty: 60 bundled pairs
+TRAIN_DATASET_PATH="${TRAIN_DATASET_PATH:-}"            # files, folders, hub ids: a.jsonl,b.parquet*2,org/name:split; empty: 160 bundled pairs
+TEST_DATASET_PATH="${TEST_DATASET_PATH:-}"              # the same without weights (*2); empty: held out, or 60 bundled pairs
+TEST_SHARE="${TEST_SHARE:-0.1}"                         # of your training prompts, held out where TEST_DATASET_PATH is empty
 MAX_LENGTH="${MAX_LENGTH:-300}"                         # tokens of prompt + answer, prefix not counted
 MAX_PROMPT_LENGTH="${MAX_PROMPT_LENGTH:-128}"           # tokens of the prompt, prefix not counted
 
@@ -48,6 +49,7 @@ DRY_RUN="${DRY_RUN:-0}"                                 # 1: print the plan and 
 PRECISION="${PRECISION:-auto}"                          # auto · bf16 · fp32
 GRADIENT_CHECKPOINTING="${GRADIENT_CHECKPOINTING:-false}" # less memory, slower
 CPU_RANKS="${CPU_RANKS:-1}"                             # processes that share the cores when there is no GPU
+DATA_FORMAT="${DATA_FORMAT:-auto}"                      # auto · plain · messages · repeated · transcript
 DS_CONFIG="${DS_CONFIG:-ds_config.json}"                # DeepSpeed configuration
 REFERENCE_CACHE="${REFERENCE_CACHE:-}"                  # folder that keeps the reference's log-probabilities; empty: in ~/.cache · off
 LOSS_TYPE="${LOSS_TYPE:-sigmoid}"                      # sigmoid · ipo · hinge · robust
@@ -68,7 +70,7 @@ PRESET="${PRESET:-}"
 GUIDANCE=(TRAINING_MODE PREFERENCE_TEXT PROMPT_EMBEDDING_PATH NUM_VIRTUAL_TOKENS PROMPT_INIT)
 MODEL=(POLICY_MODEL_PATH ADAPTER_PATH ADAPTER_REFERENCE PRECISION LOAD_IN_4BIT LORA_R LORA_ALPHA LORA_DROPOUT
   LORA_TARGET_MODULES)
-DATA=(TRAIN_DATASET_PATH TEST_DATASET_PATH MAX_LENGTH MAX_PROMPT_LENGTH)
+DATA=(TRAIN_DATASET_PATH TEST_DATASET_PATH TEST_SHARE DATA_FORMAT MAX_LENGTH MAX_PROMPT_LENGTH)
 OPTIMISATION=(BETA ALPHA LOSS_TYPE LABEL_SMOOTHING LEARNING_RATE PTUNING_LEARNING_RATE NUM_EPOCHS GRADIENT_ACCUM_STEPS
   PAIRS_PER_FORWARD GRADIENT_CHECKPOINTING SEED PRESET)
 RUN=(EVAL_STEPS OUTPUT_DIR LOG_DIR REFERENCE_CACHE RESUME OVERWRITE)

@@ -20,6 +20,7 @@ Log-probabilities and their sums are in nats, fp32.
 import bisect
 import contextlib
 import copy
+import csv
 import dataclasses
 import datetime
 import difflib
@@ -28,6 +29,7 @@ import fcntl
 import functools
 import gc
 import glob
+import gzip
 import hashlib
 import heapq
 import importlib.metadata
@@ -39,6 +41,7 @@ import logging
 import math
 import os
 import platform
+import random
 import re
 import resource
 import shlex
@@ -56,16 +59,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jinja2
 import pyarrow as pa
+import pyarrow.parquet as pq
 import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
 from datasets import Dataset as ArrowDataset
-from datasets import Features, List, Value
+from datasets import Features, List, Value, load_dataset, load_from_disk
 from datasets import config as datasets_config
 from peft import (
     LoraConfig,
@@ -241,6 +245,36 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+class Source(NamedTuple):
+    """A file, a folder or a data set of the hub, and how often an epoch takes each of its pairs."""
+
+    name: str
+    weight: float = 1.0
+
+
+def read_source(text: str) -> Source:
+    """A source with its weight, NaN where that is no number; a path that exists is taken as it stands."""
+    text = text.strip()
+    name, star, weight = text.rpartition("*")
+    if not star or os.path.exists(expanded(text)):
+        return Source(text)
+    try:
+        return Source(name.strip(), float(weight))
+    except ValueError:
+        return Source(text, math.nan)
+
+
+def read_sources(text: str) -> list[Source]:
+    """The sources of a setting; what lies between commas belongs together where it names an existing path."""
+    words, sources = text.split(","), []
+    while words:
+        joined = [(n, read_source(",".join(words[:n]))) for n in range(len(words), 0, -1)]
+        n, source = next((n, source) for n, source in joined if n == 1 or os.path.exists(expanded(source.name)))
+        sources.append(source)
+        del words[:n]
+    return sources
+
+
 @dataclass
 class ScriptArguments:
     """The settings of a run. Each field is the launcher's variable of the same name in lower case."""
@@ -269,8 +303,12 @@ class ScriptArguments:
     lora_dropout: float = setting(0.1, "Dropout on the input of the LoRA matrices, in the trained pass only.")
     lora_target_modules: str = setting("all-linear", "all-linear, or module names separated by commas.")
     # --- data
-    train_dataset_path: str = setting("", "JSON lines with prompt, chosen, rejected; empty: the bundled 160 pairs.")
-    test_dataset_path: str = setting("", "The same for the held-out pairs; empty: the bundled 60 pairs.")
+    train_dataset_path: str = setting(
+        "", "Files, folders or hub ids separated by commas, each with an optional weight *2; empty: the bundled pairs."
+    )
+    test_dataset_path: str = setting("", "The same, held out; empty: a share of the training data, or the bundled one.")
+    test_share: float = setting(0.1, "Share of the training prompts that is held out when no test data is named.")
+    data_format: str = setting("auto", "auto, plain, messages, repeated (answers repeat the prompt) or transcript.")
     max_length: int = setting(300, "Most tokens of prompt and answer together, prefix not counted; answers are cut.")
     max_prompt_length: int = setting(128, "Most tokens of the prompt, prefix not counted; its oldest content is cut.")
     # --- loss
@@ -331,7 +369,8 @@ class ScriptArguments:
         """The settings that have no part in this mode, or in an evaluation."""
         if self.evaluate_only:
             of_text = () if self.training_mode == "text" else ("preference_text",)
-            return NOT_USED["evaluation"] + of_text + (() if self.adapter_path else ("beta",))
+            of_data = ("train_dataset_path",) if "test" in self.sources else ()
+            return NOT_USED["evaluation"] + of_text + of_data + (() if self.adapter_path else ("beta",))
         random_start = self.trains_prefix and self.prompt_init == "random"
         of_adapter = LORA_SHAPE if self.adapter_path and not self.trains_prefix else ()
         return NOT_USED[self.training_mode] + (("preference_text",) if random_start else ()) + of_adapter
@@ -360,9 +399,19 @@ class ScriptArguments:
         return self.ptuning_learning_rate if self.trains_prefix else self.learning_rate
 
     @property
-    def dataset_paths(self) -> dict[str, Path]:
-        chosen = {"train": self.train_dataset_path, "test": self.test_dataset_path}
-        return {split: expanded(path) if path else BUNDLED_DATA[split] for split, path in chosen.items()}
+    def sources(self) -> dict[str, list[Source]]:
+        """Where the pairs of each set come from; no "test" where a share of the training data is held out.
+
+        An evaluation reads the test set, or what that share is taken from.
+        """
+        named = {"train": self.train_dataset_path, "test": self.test_dataset_path}
+        if self.train_dataset_path and not self.test_dataset_path:
+            del named["test"]
+        elif self.evaluate_only:
+            del named["train"]
+        return {
+            split: read_sources(text) if text else [Source(str(BUNDLED_DATA[split]))] for split, text in named.items()
+        }
 
     @property
     def output_path(self) -> Path:
@@ -387,10 +436,34 @@ class ScriptArguments:
         return path if path.exists() else PROJECT_DIR / path
 
 
+MAX_WEIGHT = 1000
+
+
+def source_problems(args: ScriptArguments) -> list[str]:
+    """Why the sources cannot be looked for."""
+    problems = []
+    for split, sources in args.sources.items():
+        where = describe(f"{split}_dataset_path", getattr(args, f"{split}_dataset_path"))
+        for name, weight in sources:
+            if not name:
+                problems.append(
+                    f"{where}: names nothing before, after or between commas; name a file, folder or hub id"
+                )
+            elif not 0 < weight <= MAX_WEIGHT:
+                problems.append(
+                    f"{where}: what follows * is a weight, a number above 0 and at most {MAX_WEIGHT} such as *0.5; a "
+                    "pattern is not one: name the folder"
+                )
+            elif weight != 1 and split == "test":
+                problems.append(f"{where}: weights belong to the training data; leave *{weight:g} out")
+    return problems
+
+
 # Settings with few values: field → (accepted values, why no other).
 ONLY = {
     "training_mode": (("text", "embedding", "ptuning"), "there is no such mode"),
     "prompt_init": (("text", "random"), "a soft prompt starts from PREFERENCE_TEXT or at random"),
+    "data_format": (("auto", "plain", "messages", "repeated", "transcript"), "there is no such format"),
     "loss_type": (("sigmoid", "ipo", "hinge", "robust"), "there is no such loss"),
     "precision": (("auto", "bf16", "fp32"), "no other precision is available in this version"),
     "load_in_4bit": ((False,), "quantised base models are not available in this version"),
@@ -411,7 +484,7 @@ NOT_USED = {
     "ptuning": ("alpha", "learning_rate", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
     "evaluation": (
         *PTUNING_ONLY,
-        *("train_dataset_path", "alpha", "loss_type", "label_smoothing", "learning_rate", "lr_scheduler_type"),
+        *("alpha", "loss_type", "label_smoothing", "learning_rate", "lr_scheduler_type"),
         *("warmup_ratio", "weight_decay", "max_grad_norm", "num_epochs", "gradient_accum_steps", "seed"),
         *("gradient_checkpointing", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "eval_steps"),
         *("output_dir", "log_dir", "resume", "overwrite", "reference_cache", "cpu_ranks", "ds_config"),
@@ -445,6 +518,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora_dropout": (lambda x: 0 <= x < 1, "must be at least 0 and below 1; 0.05 to 0.1 is usual"),
     "lora_target_modules": (lambda x: all(name.strip() for name in x.split(",")), "must be all-linear or module names"),
     "max_prompt_length": (lambda x: x >= 1, "must be at least 1 token"),
+    "test_share": (lambda x: 0 < x < 1, "must be above 0 and below 1; 0.1 is usual"),
     "seed": (lambda x: 0 <= x < 2**32, "must lie between 0 and 2**32 - 1"),
     "eval_steps": (lambda x: x >= 0, "must be at least 0 updates; 0 evaluates only at the start and the end"),
     "cpu_ranks": (lambda x: 1 <= x <= CORES, f"must be 1 to {CORES}, the cores that there are"),
@@ -520,8 +594,10 @@ def shortened(text: str, most: int = 300) -> str:
 def path_problems(args: ScriptArguments) -> list[str]:
     """Why a path cannot be looked up at all."""
     problems = []
-    for name in PATHS:
-        path, where = getattr(args, name), describe(name, getattr(args, name))
+    named = {name: [getattr(args, name)] for name in PATHS}
+    named |= {f"{split}_dataset_path": [source.name for source in sources] for split, sources in args.sources.items()}
+    for name, path in ((name, path) for name, paths in named.items() for path in paths):
+        where = describe(name, getattr(args, name))
         if re.search(r"[\x00-\x1f\x7f-\x9f]", path):
             problems.append(f"{where}: holds control characters; name a path without them")
             continue
@@ -567,7 +643,7 @@ def adapter_problems(args: ScriptArguments) -> list[str]:
 
 def argument_problems(args: ScriptArguments) -> list[str]:
     """Every setting that cannot be used, one line each: variable, flag, value, reason and remedy."""
-    problems = path_problems(args)
+    problems = path_problems(args) + source_problems(args)
     for name, (accepted, reason) in ONLY.items():
         if (value := getattr(args, name)) not in accepted:
             values = " or ".join(repr(value) for value in accepted)
@@ -630,49 +706,160 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, 
 
 MAX_LISTED_PROBLEMS = 5
 MAX_ROW_MIB = 16
+MAX_JSON_MIB = 1024  # of a file that is one JSON value: it is read as a whole
+BATCH_ROWS = 256  # rows of a table that are unpacked at a time
+
+# Columns that are looked at: the pair, and what no text model can use.
+NOT_TEXT = ("images", "image", "tools")
+USED_COLUMNS = (*PAIR_FIELDS, *NOT_TEXT)
+
+Record = dict[str, Any]
+Message = tuple[str, str]  # role, content
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference pair as the file states it; `row` is its line number, counted from 1."""
+    """One preference pair.
 
-    prompt: str
+    `history` is what stands before the prompt in a conversation: the system message and earlier turns; None where the
+    row is plain text without roles. `row` counts from 1, in lines where the file has lines.
+    """
+
+    prompt: str  # of a conversation: the user's last message
     chosen: str
     rejected: str
     row: int
+    history: tuple[Message, ...] | None = None
+    file: str = field(default="", compare=False)  # the file or data set that it comes from, as errors name it
+
+    @property
+    def content(self) -> tuple:
+        """All of it but where it comes from."""
+        return self.history, self.prompt, self.chosen, self.rejected
+
+    @property
+    def shown_prompt(self) -> str:
+        """The prompt for a person; of a conversation all messages with their roles."""
+        turns = [f"{role}: {content}" for role, content in self.history or ()]
+        return "\n".join([*turns, f"user: {self.prompt}"]) if turns else self.prompt
+
+    @functools.cached_property
+    def prompt_key(self) -> str:
+        """What is the same for pairs of one prompt, however its white space is written."""
+        messages = (*(self.history or ()), ("user", self.prompt))
+        words = [[role, *content.split()] for role, content in messages]
+        return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
 
-def describe_rows(rows: Sequence[int]) -> str:
+def describe_rows(rows: Iterable[int], file: str = "") -> str:
     """Row numbers, for a person."""
+    rows = list(dict.fromkeys(rows))  # a weight may have repeated them
     listed = ", ".join(map(str, rows[:MAX_LISTED_PROBLEMS])) + ", …" * (len(rows) > MAX_LISTED_PROBLEMS)
-    return f"row{'s' * (len(rows) > 1)} {listed}"
+    return f"row{'s' * (len(rows) > 1)} {listed}{f' of {file}' if file else ''}"
+
+
+def describe_places(places: Iterable[tuple[str, Sequence[int]]]) -> str:
+    """Rows of several files, for a person."""
+    described = [describe_rows(rows, file) for file, rows in places]
+    return "; ".join(described[:MAX_LISTED_PROBLEMS]) + "; …" * (len(described) > MAX_LISTED_PROBLEMS)
+
+
+def places_of(pairs: Iterable[Pair]) -> str:
+    """Where pairs come from, for a person."""
+    places: dict[str, list[int]] = {}
+    for pair in pairs:
+        places.setdefault(pair.file, []).append(pair.row)
+    return describe_places(places.items())
 
 
 @dataclass
 class DataReport:
-    """What happened to the rows of one file, for the plan and the data report."""
+    """What happened to the rows of a data set, for the plan and the data report."""
 
-    path: Path
+    path: Path | str  # the file, or the sources as the user named them
     rows: int = 0
-    dropped: dict[str, list[int]] = field(default_factory=dict)  # reason → rows
+    dropped: dict[tuple[str, str], list[int]] = field(default_factory=dict)  # (reason, file) → rows
+    held_out: int = 0  # pairs of the training data that became the test set
+    repeated: int = 0  # pairs that weights add; below 0: leave out
+    prompts: int = 0  # distinct ones of a set that was held out
     truncated_prompts: int = 0
     truncated_answers: int = 0
+    formats: dict[str, list[str]] = field(default_factory=dict)  # format → files
+    unused: dict[str, None] = field(default_factory=dict)  # columns, in their order
+    notices: list[str] = field(default_factory=list)
 
-    def drop(self, reason: str, row: int) -> None:
-        self.dropped.setdefault(reason, []).append(row)
+    def __str__(self) -> str:
+        return f"data {'file' if isinstance(self.path, Path) else 'set'} {self.path}"
+
+    def drop(self, reason: str, row: int, file: str = "") -> None:
+        file = "" if file == str(self.path) else file
+        self.dropped.setdefault((reason, file), []).append(row)
+
+    def add(self, part: "DataReport") -> None:
+        """Counts in the rows of one of the files."""
+        self.rows += part.rows
+        for (reason, file), rows in part.dropped.items():
+            for row in rows:
+                self.drop(reason, row, file or str(part.path))
+        for name, files in part.formats.items():
+            self.formats.setdefault(name, []).extend(files)
+        self.unused |= part.unused
+        self.notices += part.notices
 
     @property
     def usable(self) -> int:
-        return self.rows - sum(len(rows) for rows in self.dropped.values())
+        return self.rows - sum(map(len, self.dropped.values())) - self.held_out + self.repeated
 
     def describe_dropped(self) -> str:
-        reasons = (f"{len(rows)} {reason} ({describe_rows(rows)})" for reason, rows in self.dropped.items())
+        places: dict[str, list[tuple[str, list[int]]]] = {}
+        for (reason, file), rows in self.dropped.items():
+            places.setdefault(reason, []).append((file, rows))
+        reasons = [
+            f"{sum(len(rows) for _, rows in of_files)} {reason} ({describe_places(of_files)})"
+            for reason, of_files in places.items()
+        ]
         return "; ".join(reasons) or "none"
 
+    def describe_changes(self) -> str:
+        """What became of the rows, for the plan."""
+        held_out = f"; held out for the test: {self.held_out}" if self.held_out else ""
+        return f"dropped: {self.describe_dropped()}{held_out}" + (
+            f"; weights: {self.repeated:+}" if self.repeated else ""
+        )
 
-def unique_fields(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    def describe_format(self) -> str:
+        """What the rows were read as, and what in them was not used."""
+        several = len(self.formats) > 1
+        read = [
+            f"{name}, {FORMATS[name].description}" + (f" ({shortened(', '.join(files))})" if several else "")
+            for name, files in self.formats.items()
+        ]
+        unused = f"; columns not used: {shortened(', '.join(self.unused))}" if self.unused else ""
+        return "; ".join(read) + unused
+
+
+class Table(NamedTuple):
+    """The rows of one file or of one split of a data set."""
+
+    path: Path | str
+    rows: Iterable[tuple[int, Any]]  # the number of the row, and a record or the ValueError that is in its place
+    notices: tuple[str, ...] = ()
+
+
+# --- from bytes to records
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns, or the ValueError that it raises."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        return error
+
+
+def unique_fields(fields: list[tuple[str, Any]]) -> Record:
     """A JSON object of these fields; ValueError where one occurs twice, of which JSON would keep the last."""
-    record: dict[str, Any] = {}
+    record: Record = {}
     for name, value in fields:
         if name in record:
             raise ValueError(f"field {shortened(repr(name))} occurs twice; write each field once")
@@ -680,105 +867,669 @@ def unique_fields(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def parse_row(text: bytes, row: int) -> Pair:
-    """One line of a JSON lines file.
+# Only texts are used: of a number the first digits will do, as int refuses endless ones. An object with a field twice
+# is an error in its place, so that its row can be named.
+JSON_OPTIONS = {
+    "object_pairs_hook": functools.partial(attempt, unique_fields),
+    "parse_int": lambda digits: int(digits[:9]),
+}
+
+
+def parse_json(text: bytes) -> Any:
+    """A JSON value.
 
     Raises:
-        ValueError: naming what is wrong with the row, and the field where it is one.
+        ValueError: naming what is wrong with the text.
     """
     try:
-        # only texts are used: of a number the first digits will do, as int refuses endless ones
-        first_digits = {"parse_int": lambda digits: int(digits[:9])}
-        record = json.loads(text.decode("utf-8"), object_pairs_hook=unique_fields, **first_digits)
+        return json.loads(text.decode("utf-8"), **JSON_OPTIONS)
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not valid JSON ({error.msg} at column {error.colno}); write one object a line") from None
     except RecursionError:
         raise ValueError("is nested too deeply") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"is {type(record).__name__}, not an object with the fields {', '.join(PAIR_FIELDS)}")
-    for name in PAIR_FIELDS:
-        if name not in record:
-            raise ValueError(f"has no field {name!r}; it has {shortened(', '.join(map(repr, record)) or 'none')}")
-        if not isinstance(record[name], str):
-            raise ValueError(f"field {name!r} is {type(record[name]).__name__}, not a string")
-        if any("\ud800" <= character <= "\udfff" for character in record[name]):
-            raise ValueError(f"field {name!r} holds half a surrogate pair (\\ud800 to \\udfff), which is no character")
-    if not record["prompt"].strip():
-        raise ValueError("field 'prompt' is empty")
-    return Pair(*(record[name] for name in PAIR_FIELDS), row=row)
+
+
+def parse_line(text: bytes) -> Any:
+    """The JSON value of a line; ValueError as `parse_json`."""
+    try:
+        return parse_json(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not valid JSON ({error.msg} at column {error.colno}); write one object a line") from None
 
 
 # How files of other kinds begin → what they are, and what to do.
 OTHER_KINDS = {
     b"\xff\xfe": "is UTF-16; save the file as UTF-8",
     b"\xfe\xff": "is UTF-16; save the file as UTF-8",
-    b"\x1f\x8b": "is packed with gzip; unpack it",
+    b"\x1f\x8b": "is packed with gzip twice; unpack it",
+    b"BZh": "is packed with bzip2; unpack it, or pack it with gzip",
+    b"\xfd7zXZ": "is packed with xz; unpack it, or pack it with gzip",
+    b"\x28\xb5\x2f\xfd": "is packed with zstd; unpack it, or pack it with gzip",
     b"PK\x03\x04": "is a zip archive; unpack it",
-    b"PAR1": "is Parquet; convert it to JSON lines",
+    b"PAR1": "is Parquet that is packed once more; unpack it",
+    b"ARROW1": "is an Arrow file; name the folder that save_to_disk wrote",
 }
+PARQUET = b"PAR1"
+MAX_MAGIC = max(map(len, OTHER_KINDS))
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The non-empty lines of a UTF-8 file with their numbers.
+def numbered_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """All lines with their numbers, without a byte-order mark; InputError for an endless one."""
+    for row in itertools.count(1):
+        line = file.readline((MAX_ROW_MIB << 20) + 1)
+        if not line:
+            return
+        if len(line) > MAX_ROW_MIB << 20:
+            what = f"is longer than {MAX_ROW_MIB} MiB; write one object a line, or take the row out"
+            raise InputError(f"data file {path}, row {row}: {what}")
+        yield row, line.removeprefix(b"\xef\xbb\xbf") if row == 1 else line
+
+
+def read_json_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """One JSON value a line; the row is the line's number."""
+    for row, line in numbered_lines(path, file):
+        if line.strip():
+            yield row, attempt(parse_line, line.strip())
+
+
+def read_json(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """An array of objects, an object with one list of them, or one object a line."""
+    text = file.read((MAX_JSON_MIB << 20) + 1).removeprefix(b"\xef\xbb\xbf")
+    if len(text) > MAX_JSON_MIB << 20:
+        raise InputError(f"data file {path} is longer than {MAX_JSON_MIB} MiB; write one object a line (.jsonl)")
+    if not text.strip():
+        return
+    try:
+        value = parse_json(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # after the first value: one object a line
+            yield from read_json_lines(path, io.BytesIO(text))
+            return
+        where = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        raise InputError(f"data file {path} is not valid JSON ({where}); mend it") from None
+    except ValueError as error:
+        raise InputError(f"data file {path} {error}") from None
+    if isinstance(value, dict) and not set(PAIR_FIELDS) & value.keys():
+        lists = [name for name, rows in value.items() if isinstance(rows, list)]
+        if len(lists) != 1:
+            found = shortened(", ".join(map(repr, lists)) or "none")
+            raise InputError(f"data file {path} is one object with not one list of rows in it ({found}); keep one")
+        value = value[lists[0]]
+    yield from enumerate(value if isinstance(value, list) else [value], start=1)
+
+
+def read_csv(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """Comma-separated values with the names of the columns first; the row is the line where it starts."""
+
+    def texts() -> Iterator[str]:
+        for row, line in numbered_lines(path, file):
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                what = f"is not UTF-8 ({error.reason}); save the file as UTF-8"
+                raise InputError(f"data file {path}, row {row}: {what}") from None
+
+    csv.field_size_limit(MAX_ROW_MIB << 20)
+    reader, names, start = csv.reader(texts(), strict=True), None, 1
+    try:
+        for cells in reader:
+            row, start = start, reader.line_num + 1
+            if cells and names is None:
+                names = cells
+                require_unique(path, names)
+            elif cells and len(cells) != len(names):
+                yield row, ValueError(f"has {len(cells)} cells for {len(names)} columns; quote cells with commas")
+            elif cells:
+                yield row, dict(zip(names, cells, strict=True))
+    except csv.Error as error:
+        raise InputError(f"data file {path}, row {start}: is not valid CSV ({error}); mend its quotes") from None
+
+
+TABLE_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
+
+
+def read_parquet(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """The rows of a Parquet file; columns that are not used are not unpacked."""
+    try:
+        with pq.ParquetFile(path) as parquet:
+            names = parquet.schema_arrow.names
+            require_unique(path, names)
+            yield from unpack(names, lambda used: parquet.iter_batches(BATCH_ROWS, columns=used))
+    except TABLE_ERRORS as error:
+        raise InputError(f"data file {path} is Parquet that cannot be read ({brief(error)}); write it again") from None
+
+
+def unpack(names: Sequence[str], batches: Callable[[list[str]], Iterable[Any]]) -> Iterator[tuple[int, Record]]:
+    """The rows of Arrow batches with these columns, with None for columns that are not looked at.
+
+    Args:
+        batches: gives the columns that are asked for.
+    """
+    used = [name for name in names if name in USED_COLUMNS]
+    records = (record for batch in batches(used) for record in batch.to_pylist()) if used else [{}]
+    for row, record in enumerate(records, start=1):
+        yield row, dict.fromkeys(names) | record
+
+
+def require_unique(path: Path, names: Sequence[str]) -> None:
+    """Raises InputError where two columns have one name."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"data file {path}: column {shortened(repr(twice))} occurs twice; rename one")
+
+
+def brief(error: Exception) -> str:
+    """What an error says, in one brief line."""
+    return shortened(" ".join(str(error).split()) or type(error).__name__)
+
+
+READERS = {".jsonl": read_json_lines, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
+
+
+def file_suffix(path: Path) -> str:
+    """What a file's name says about its kind, packed or not."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A file's bytes, those that gzip has packed unpacked.
 
     Raises:
-        InputError: there is no such file, it cannot be read, is of another kind or has an endless line.
+        InputError: there is no such file, or it cannot be read.
     """
-    fields = ", ".join(PAIR_FIELDS)
     if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
-        raise InputError(f"data file {path} {kind}; name a JSON lines file with {fields} in each row")
+        kind = "is a folder without a data file" if path.is_dir() else "is no regular file"
+        kind = kind if path.exists() else "does not exist"
+        raise InputError(
+            f"data file {path} {kind}; name a file ({', '.join(READERS)}), a folder of them or a hub id (org/name)"
+        )
     try:
         with path.open("rb") as file:
-            for row in itertools.count(1):
-                line = file.readline((MAX_ROW_MIB << 20) + 1)
-                if not line:
-                    return
-                if row == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                    kind = next((kind for magic, kind in OTHER_KINDS.items() if line.startswith(magic)), None)
-                    if kind:
-                        raise InputError(f"data file {path} {kind}")
-                if len(line) > MAX_ROW_MIB << 20:
-                    what = f"is longer than {MAX_ROW_MIB} MiB; write one object a line, or take the row out"
-                    raise InputError(f"data file {path}, row {row}: {what}")
-                if line.strip():
-                    yield row, line.strip()
+            packed = file.peek(2)[:2] == b"\x1f\x8b"
+            yield gzip.GzipFile(fileobj=file) if packed else file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"data file {path}: what gzip packed is damaged ({error}); pack it again") from None
     except OSError as error:
         raise InputError(f"data file {path} cannot be read: {error.strerror}; check its permissions") from None
 
 
-def read_pairs(path: Path) -> tuple[list[Pair], DataReport]:
-    """Reads the preference pairs of a JSON lines file; pairs that cannot teach are dropped and reported.
+def read_file(path: Path) -> Iterator[tuple[int, Any]]:
+    """The records of a file with their row numbers, or a ValueError in place of one.
 
     Raises:
-        InputError: the file cannot be read, a row is malformed (file, row and field are named), or no pair is left.
+        InputError: it cannot be read, or is of another kind.
     """
-    pairs, report, problems = [], DataReport(path), []
-    for row, line in read_lines(path):
+    with opened(path) as file:
+        start = file.peek(MAX_MAGIC)[:MAX_MAGIC]
+        if start.startswith(PARQUET) and not isinstance(file, gzip.GzipFile):
+            yield from read_parquet(path, file)
+            return
+        kind = next((kind for magic, kind in OTHER_KINDS.items() if start.startswith(magic)), None)
+        if kind:
+            raise InputError(f"data file {path} {kind}")
+        yield from READERS.get(file_suffix(path), read_json_lines)(path, file)
+
+
+# --- from records to pairs
+
+ROLES = ("system", "user", "assistant")
+TOOL_ROLES, TOOL_FIELDS = ("tool", "function", "ipython"), ("tool_calls", "function_call")
+NO_TOOLS = "tools and images are not supported; take the row out"
+SURROGATES = re.compile("[\ud800-\udfff]")
+TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
+Parsed = tuple[str, str, str, tuple[Message, ...] | None]  # prompt, chosen, rejected, history
+
+
+def checked_text(value: Any, where: str) -> str:
+    """The value, which must be a string; ValueError for any other."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is {type(value).__name__}, not a string")
+    if SURROGATES.search(value):
+        raise ValueError(f"{where} holds half a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return value
+
+
+def require_field(record: Record, name: str) -> None:
+    if name not in record:
+        raise ValueError(f"has no field {name!r}; it has {shortened(', '.join(map(repr, record)) or 'none')}")
+
+
+def text_field(record: Record, name: str) -> str:
+    """A field that must be there and a string."""
+    require_field(record, name)
+    return checked_text(record[name], f"field {name!r}")
+
+
+def parse_plain(record: Record) -> Parsed:
+    prompt, chosen, rejected = (text_field(record, name) for name in PAIR_FIELDS)
+    if not prompt.strip():
+        raise ValueError("field 'prompt' is empty")
+    return prompt, chosen, rejected, None
+
+
+def parse_repeated(record: Record) -> Parsed:
+    prompt, *answers, history = parse_plain(record)
+    for name, answer in zip(PAIR_FIELDS[1:], answers, strict=True):
+        if not answer.startswith(prompt):
+            raise ValueError(f"field {name!r} does not begin with the prompt; with DATA_FORMAT=plain it need not")
+    return prompt, *(answer.removeprefix(prompt) for answer in answers), history
+
+
+def message_list(value: Any) -> list | None:
+    """A list of messages, as it stands or as JSON text, which a CSV file has in a cell."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            found = json.loads(value, **JSON_OPTIONS)
+        except (ValueError, RecursionError):
+            return None
+        value = found if all(isinstance(item, ValueError) or "role" in item for item in found) else None
+    return value if isinstance(value, list) else None
+
+
+def message_content(value: Any, where: str) -> str:
+    """The text of a message; of parts, which must all be text, the parts joined."""
+    if not isinstance(value, list):
+        return checked_text(value, f"the content of {where}")
+    kinds = {str(part.get("type")) if isinstance(part, dict) else type(part).__name__ for part in value}
+    if kinds - {"text"}:
+        raise ValueError(f"{where} holds a part of kind {shortened(repr(min(kinds - {'text'})))}; {NO_TOOLS}")
+    return "".join(checked_text(part.get("text"), f"a part of {where}") for part in value)
+
+
+def parse_message(message: Any, where: str) -> Message:
+    if isinstance(message, ValueError):
+        raise ValueError(f"{where}: {message}")
+    if not isinstance(message, dict):
+        raise ValueError(f"{where} is {type(message).__name__}, not an object with role and content")
+    role = message.get("role")
+    if role in TOOL_ROLES or any(message.get(name) for name in TOOL_FIELDS):
+        raise ValueError(f"{where} calls a tool or is a tool's; {NO_TOOLS}")
+    if role not in ROLES:
+        raise ValueError(f"{where} has the role {shortened(repr(role))}; known are {', '.join(ROLES)}")
+    return role, message_content(message.get("content"), where)
+
+
+def messages_field(record: Record, name: str, role: str) -> list[Message]:
+    """The messages of a field; a text is one message of that role."""
+    require_field(record, name)
+    messages = message_list(record[name])
+    if messages is None:
+        return [(role, text_field(record, name))]
+    if not messages:
+        raise ValueError(f"field {name!r} is a list without messages")
+    return [parse_message(message, f"message {n} of field {name!r}") for n, message in enumerate(messages, start=1)]
+
+
+def parse_messages(record: Record) -> Parsed:
+    chosen, rejected = (messages_field(record, name, "assistant") for name in PAIR_FIELDS[1:])
+    if chosen[0][0] == rejected[0][0] == "assistant":  # the prompt stands beside
+        before = messages_field(record, "prompt", "user")
+        chosen, rejected = before + chosen, before + rejected
+    return split_conversations(chosen, rejected)
+
+
+def parse_transcript(record: Record) -> Parsed:
+    before = "" if record.get("prompt") is None else text_field(record, "prompt")
+    conversations = []
+    for name in PAIR_FIELDS[1:]:
+        text = text_field(record, name)
+        text = text if text.startswith(before) else before + text
+        start, *pieces = TURN.split(text.strip())
+        if start or not pieces:
+            raise ValueError(f"field {name!r} is no transcript: it does not begin with 'Human:' or 'Assistant:'")
+        turns = zip(pieces[::2], pieces[1::2], strict=True)
+        conversations.append([(TURN_ROLES[speaker], content.strip()) for speaker, content in turns])
+    return split_conversations(*conversations)
+
+
+class OtherConversation(ValueError):
+    """The two answers of a pair do not answer the same."""
+
+
+def split_conversations(chosen: list[Message], rejected: list[Message]) -> Parsed:
+    """The pair of two conversations that share all but the last message.
+
+    Raises:
+        OtherConversation: they do not.
+        ValueError: they are no conversations that end in the assistant's answer to the user.
+    """
+    for name, messages in zip(PAIR_FIELDS[1:], (chosen, rejected), strict=True):
+        if messages[-1][0] != "assistant":
+            raise ValueError(f"field {name!r} ends in a message of the {messages[-1][0]}, not the assistant's answer")
+    *history, (role, prompt) = chosen[:-1] or [("none", "")]
+    if role != "user":
+        raise ValueError("has no message of the user right before the answer; there must be one")
+    if any(role == "system" for role, _ in history[1:]):
+        raise ValueError("has a system message after the first message; put it first")
+    if not prompt.strip():
+        raise ValueError("the user's last message is empty")
+    if chosen[:-1] != rejected[:-1]:
+        raise OtherConversation
+    return prompt, chosen[-1][1], rejected[-1][1], tuple(history)
+
+
+class Format(NamedTuple):
+    """How the rows of a table state a pair."""
+
+    description: str
+    parse: Callable[[Record], Parsed]
+
+
+FORMATS = {
+    "plain": Format("texts prompt, chosen, rejected", parse_plain),
+    "messages": Format("chosen and rejected are lists of messages", parse_messages),
+    "repeated": Format("chosen and rejected begin with the prompt, which is removed", parse_repeated),
+    "transcript": Format("chosen and rejected are transcripts Human: … Assistant: …", parse_transcript),
+}
+
+
+def recognise(record: Record) -> str | None:
+    """The format of a row; None where it does not tell. That all rows repeat the prompt shows only at the end.
+
+    Raises:
+        ValueError: the row holds lists of messages that cannot be read.
+    """
+    prompt, *answers = (record.get(name) for name in PAIR_FIELDS)
+    if any(message_list(value) is not None for value in (prompt, *answers)):
+        return "messages"
+    if not all(isinstance(answer, str) for answer in answers):
+        return None
+    if all(re.match(r"\s*\[\{'(role|content)': ", answer) for answer in answers):
+        raise ValueError("holds lists of messages as Python prints them; write them with json.dumps")
+    asked = answers if prompt is None else [prompt]
+    transcript = all(isinstance(text, str) and text.lstrip().startswith("Human:") for text in asked)
+    if transcript and (prompt is None or prompt.rstrip().endswith("\n\nAssistant:")):
+        return "transcript"
+    return "plain"
+
+
+def without_prompts(table: Table, pairs: list[Pair]) -> tuple[str, list[Pair]]:
+    """The format of rows that look plain, and their pairs: where all answers begin with the prompt, it is removed.
+
+    Raises:
+        InputError: most do.
+    """
+    repeating = [
+        pair for pair in pairs if pair.chosen.startswith(pair.prompt) and pair.rejected.startswith(pair.prompt)
+    ]
+    if 2 * len(repeating) < len(pairs) or not pairs:
+        return "plain", pairs
+    if len(repeating) < len(pairs):
+        raise InputError(
+            f"{DataReport(table.path)}: in {len(repeating)} of {len(pairs)} rows both answers begin with the prompt; "
+            "set DATA_FORMAT=plain if they are meant to, or DATA_FORMAT=repeated and mend the others"
+        )
+    cut = [{name: getattr(pair, name).removeprefix(pair.prompt) for name in PAIR_FIELDS[1:]} for pair in pairs]
+    return "repeated", [dataclasses.replace(pair, **answers) for pair, answers in zip(pairs, cut, strict=True)]
+
+
+def teaches(pair: Pair, report: DataReport) -> bool:
+    """Whether a pair has two different answers; noted in the report where it has not."""
+    chosen, rejected = pair.chosen.strip(), pair.rejected.strip()
+    if not chosen or not rejected:
+        report.drop("with an empty answer", pair.row, pair.file)
+    elif chosen == rejected:
+        report.drop("with identical answers", pair.row, pair.file)
+    else:
+        return True
+    return False
+
+
+def checked_record(record: Any) -> Record:
+    """The record of a row, which must hold text only; ValueError where it is none."""
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError(f"is {type(record).__name__}, not an object with the fields {', '.join(PAIR_FIELDS)}")
+    for name in NOT_TEXT:
+        if record.get(name) not in (None, [], {}, "", "[]"):
+            raise ValueError(f"field {name!r} is not empty; {NO_TOOLS}")
+    return record
+
+
+def prompt_elsewhere(record: Record, pair: Pair) -> bool:
+    """Whether a message list has a text beside it, as its prompt, that is none of its messages."""
+    prompt, messages = record.get("prompt"), (*pair.history, ("user", pair.prompt))
+    is_text = isinstance(prompt, str) and message_list(prompt) is None
+    return is_text and prompt.split() not in [content.split() for _, content in messages]
+
+
+def read_table(table: Table, data_format: str = "auto") -> tuple[list[Pair], DataReport]:
+    """The pairs of a table; pairs that cannot teach are dropped and reported.
+
+    Raises:
+        InputError: the file cannot be read, or a row is malformed (file, row and field are named).
+    """
+    pairs, problems, elsewhere = [], [], 0
+    report = DataReport(table.path, notices=list(table.notices))
+    found = None if data_format == "auto" else data_format
+    for row, record in table.rows:
         report.rows += 1
         try:
-            pair = parse_row(line, row)
-        except ValueError as error:
-            problems.append(f"data file {path}, row {row}: {error}")
+            record = checked_record(record)
+            found = found or recognise(record)
+            prompt, chosen, rejected, history = FORMATS[found or "plain"].parse(record)
+        except OtherConversation:
+            report.drop("whose answers belong to different conversations", row, str(table.path))
             continue
-        if not pair.chosen.strip() or not pair.rejected.strip():
-            report.drop("with an empty answer", row)
-        elif pair.chosen.strip() == pair.rejected.strip():
-            report.drop("with identical answers", row)
-        else:
-            pairs.append(pair)
+        except ValueError as error:
+            problems.append(f"{report}, row {row}: {error}")
+            continue
+        pairs.append(Pair(prompt, chosen, rejected, row, history, str(table.path)))
+        elsewhere += found == "messages" and prompt_elsewhere(record, pairs[-1])
+        report.unused |= dict.fromkeys(name for name in record if name not in USED_COLUMNS)
     if problems:
         more = len(problems) - MAX_LISTED_PROBLEMS
-        raise InputError(*problems[:MAX_LISTED_PROBLEMS], *([f"… and {more} more rows of {path}"] if more > 0 else []))
+        raise InputError(
+            *problems[:MAX_LISTED_PROBLEMS], *([f"… and {more} more rows of {table.path}"] if more > 0 else [])
+        )
+    if data_format == "auto" and found in (None, "plain"):
+        found, pairs = without_prompts(table, pairs)
+    if elsewhere:
+        where = f"in {elsewhere} rows of {table.path}"
+        report.notices.append(f"{where} the field prompt is none of the messages of chosen: the messages count")
+    report.formats[found or "plain"] = [str(table.path)]
+    return [pair for pair in pairs if teaches(pair, report)], report
+
+
+# --- from sources to data sets
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def place_of(name: str) -> tuple[Path | None, list[str]]:
+    """Where a source lies on this machine, None for the hub; and the configuration and split that follow by colons."""
+    head, *parts = name.split(":")
+    for local, rest in ((name, []), (head, parts)):
+        if os.path.exists(expanded(local)):
+            return expanded(local), rest
+    if HUB_ID.fullmatch(head) and not expanded(head).parent.is_dir() and file_suffix(Path(head)) not in READERS:
+        return None, parts
+    return expanded(name), []
+
+
+def tables_of(name: str, split: str) -> list[Table]:
+    """The tables of a source: a file, the files of a folder, or a split of a data set, by default the one of this name.
+
+    Raises:
+        InputError: there is no such source, or it cannot be loaded.
+    """
+    path, parts = place_of(name)
+    saved = path is not None and any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    if len(parts) > (1 if saved else 2 if path is None else 0):
+        raise InputError(
+            f"data set {name}: a colon is followed by a split; write saved_folder:split, org/name:split or "
+            "org/name:config:split"
+        )
+    if saved:
+        loaded = loading(name, "save it again, or name files", load_from_disk, str(path))
+    elif path is None:
+        remedy = (
+            "check the name (org/name:config:split), the network and, where it is gated, your access (hf auth login)"
+        )
+        hub_id, config = name.split(":")[0], parts[0] if len(parts) == 2 else None
+        loaded = loading(name, f"{remedy}, or name local files", load_dataset, hub_id, config)
+    else:
+        return folder_tables(path) if path.is_dir() else [Table(path, read_file(path))]
+    return [split_table(name, loaded, parts[-1] if parts else "", split)]
+
+
+def folder_tables(folder: Path) -> list[Table]:
+    """The data files of a folder and its subfolders, in the order of their names; hidden ones do not count."""
+    inside = {file: file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()}
+    files = [file for file, below in inside.items() if not any(part.startswith(".") for part in below.parts)]
+    foreign = [str(inside[file]) for file in files if file_suffix(file) not in READERS]
+    notice = f"left out of {folder}, not being data files: {shortened(', '.join(foreign))}"
+    data = [file for file in files if file_suffix(file) in READERS] or [folder]
+    return [Table(file, read_file(file), (notice,) if foreign and file is data[0] else ()) for file in data]
+
+
+def loading(name: str, remedy: str, load: Callable[..., Any], *arguments: Any) -> Any:
+    """What `datasets` loads; InputError where it cannot."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return load(*arguments)
+    except Exception as error:  # damaged files, the network and the hub raise anything
+        what = f"cannot be loaded ({type(error).__name__}: {brief(error)})"
+        raise InputError(f"data set {name} {what}; {remedy}") from error
+
+
+def split_table(name: str, loaded: Any, named: str, default: str) -> Table:
+    """A split of what `datasets` has loaded; InputError where there is no such split."""
+    if isinstance(loaded, Mapping):
+        wanted = named or default
+        if wanted not in loaded:
+            there, other = ", ".join(loaded), f"{name.removesuffix(f':{named}')}:{next(iter(loaded), '')}"
+            raise InputError(f"data set {name}: has no split {wanted!r}; name one of those it has ({there}): {other}")
+        loaded = loaded[wanted]
+    elif named:
+        raise InputError(f"data set {name}: has no splits; leave :{named} out")
+    return Table(name, read_dataset(name, loaded))
+
+
+def read_dataset(name: str, dataset: ArrowDataset) -> Iterator[tuple[int, Record]]:
+    """The rows of a data set; nothing in it, such as an image, is decoded."""
+    try:
+        yield from unpack(
+            dataset.column_names, lambda used: dataset.select_columns(used).with_format("arrow").iter(BATCH_ROWS)
+        )
+    except TABLE_ERRORS as error:
+        raise InputError(f"data set {name} cannot be read ({brief(error)}); load it again") from None
+
+
+def read_pairs(name: Path | str, split: str = "train", data_format: str = "auto") -> tuple[list[Pair], DataReport]:
+    """Reads the preference pairs of a source; pairs that cannot teach are dropped and reported.
+
+    Args:
+        name: a file, a folder or a data set of the hub.
+        split: of a data set that has splits and is named without one.
+
+    Raises:
+        InputError: it cannot be read, rows are malformed (file, row and field are named), or no pair is left.
+    """
+    tables = tables_of(str(name), split)
+    report = DataReport(tables[0].path if len(tables) == 1 else str(name))
+    pairs, problems = [], []
+    for table in tables:
+        try:
+            of_table, part = read_table(table, data_format)
+        except InputError as error:
+            problems += error.problems
+        else:
+            pairs += of_table
+            report.add(part)
+    if problems:
+        raise InputError(*problems)
     if not pairs:
         why = f"it is empty; write one object with {', '.join(PAIR_FIELDS)} a line"
         if report.rows:
             why = f"none of its {report.rows} rows is usable: {report.describe_dropped()}; give two different answers"
-        raise InputError(f"data file {path}: {why}")
+        raise InputError(f"{report}: {why}")
     return pairs, report
+
+
+def read_split(args: ScriptArguments, split: str) -> tuple[list[list[Pair]], DataReport]:
+    """The pairs of each source of the training or the test set.
+
+    Raises:
+        InputError: listing the problems of all sources.
+    """
+    parts, reports, problems = [], [], []
+    for source in args.sources[split]:
+        try:
+            pairs, report = read_pairs(source.name, split, args.data_format)
+        except InputError as error:
+            problems += error.problems
+        else:
+            parts.append(pairs)
+            reports.append(report)
+    if problems:
+        raise InputError(*problems)
+    if len(reports) == 1:
+        return parts, reports[0]
+    whole = DataReport(getattr(args, f"{split}_dataset_path"))
+    for report in reports:
+        whole.add(report)
+    return parts, whole
+
+
+def held_out_prompts(pairs: Iterable[Pair], share: float) -> set[str]:
+    """The keys of a share of the prompts, at least one and never all: decided by the prompts alone, not their order."""
+    keys = sorted({pair.prompt_key for pair in pairs})
+    return set(keys[: min(max(1, round(share * len(keys))), len(keys) - 1)])
+
+
+def weighted(pairs: list[Pair], weight: float, seed: int) -> list[Pair]:
+    """Each pair as often as the weight says; of its fraction that share of them, drawn once for all epochs."""
+    times, fraction = divmod(weight, 1)
+    drawn = min(len(pairs), max(round(fraction * len(pairs)), int(times == 0)))
+    places = sorted(random.Random(seed).sample(range(len(pairs)), drawn))
+    return pairs * int(times) + [pairs[place] for place in places]
+
+
+def divide(
+    args: ScriptArguments, read: Mapping[str, tuple[list[list[Pair]], DataReport]]
+) -> tuple[dict[str, list[Pair]], dict[str, DataReport]]:
+    """The training and the test set: where no test set was read, a share of the prompts is held out; then weights.
+
+    Raises:
+        InputError: nothing can be held out.
+    """
+    if "train" not in read:
+        test_parts, test = read["test"]
+        return {"test": list(itertools.chain(*test_parts))}, {"test": test}
+    parts, train = read["train"]
+    keys = {pair.prompt_key for part in parts for pair in part}
+    if "test" in read:
+        test_parts, test = read["test"]
+        test_pairs = list(itertools.chain(*test_parts))
+        asked = {pair.prompt_key for pair in test_pairs}
+        if asked & keys:
+            test.notices.append(f"{len(asked & keys)} of {len(asked)} test prompts occur in the training data, too")
+    else:
+        if len(keys) < 2:
+            where = describe("test_dataset_path", args.test_dataset_path)
+            raise InputError(f"{where}: nothing can be held out of {train}, which has one prompt only; name test data")
+        held = held_out_prompts(itertools.chain(*parts), args.test_share)
+        test_pairs = [pair for part in parts for pair in part if pair.prompt_key in held]
+        parts = [[pair for pair in part if pair.prompt_key not in held] for part in parts]
+        test = DataReport(f"held out of {train.path}", rows=len(test_pairs), prompts=len(held))
+        train.held_out = len(test_pairs)
+    weights = [source.weight for source in args.sources["train"]]
+    taken = [weighted(part, weight, args.seed) for part, weight in zip(parts, weights, strict=True)]
+    train.repeated = sum(map(len, taken)) - sum(map(len, parts))
+    pairs = {"train": list(itertools.chain(*taken)), "test": test_pairs}
+    return pairs, {"train": train, "test": test}
+
+
+def pairs_digest(pairs: Iterable[Pair]) -> str:
+    """SHA-256 of what the pairs say, wherever they come from."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(repr(pair.content).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 # ======================================================================================================================
@@ -786,11 +1537,6 @@ def read_pairs(path: Path) -> tuple[list[Pair], DataReport]:
 # ======================================================================================================================
 
 Messages = list[dict[str, str]]
-
-
-def plain(messages: Messages) -> Messages:
-    """The messages as they are: nothing guides them."""
-    return messages
 
 
 @dataclass(frozen=True)
@@ -809,12 +1555,19 @@ class Prefix:
         return [-1 - k for k in range(self.num_virtual_tokens)]
 
     def as_system_message(self, messages: Messages) -> Messages:
+        """A system message that is there already follows the text, as a paragraph of its own."""
+        if messages[0]["role"] == "system":
+            return self.before_first_message(messages)
         return [{"role": "system", "content": self.text}, *messages] if self.text else messages
 
     def before_first_message(self, messages: Messages) -> Messages:
-        """For templates without a system role."""
         first, *rest = messages
         return [{**first, "content": self.before_prompt(first["content"])}, *rest]
+
+    def before_first_question(self, messages: Messages) -> Messages:
+        """Before the user's first message, for templates without a system role."""
+        first = next(n for n, message in enumerate(messages) if message["role"] == "user")
+        return [*messages[:first], *self.before_first_message(messages[first:])]
 
     def before_prompt(self, prompt: str) -> str:
         return f"{self.text}\n\n{prompt}" if self.text else prompt
@@ -998,9 +1751,13 @@ ENCODED = Features(
 class PairTokenizer:
     """Turns pairs into token ids: text is tokenised once, prompt and answer ids are concatenated afterwards.
 
-    The plain and the prefixed prompt share the ids of the content; the prefix is never cut and counts against no
-    limit. A prompt of more than `max_prompt_length` tokens loses its oldest content, never its template; an answer
-    is cut at the end so that plain prompt and answer have at most `max_length` tokens, and then has no end token.
+    The plain and the prefixed prompt share history and the ids of the content; the prefix is never cut and counts
+    against no limit. A prompt of more than `max_prompt_length` tokens loses its oldest content, never its template: of
+    a conversation first the oldest exchanges, but not the system message, then the start of the user's last message.
+    An answer is cut at the end so that plain prompt and answer have at most `max_length` tokens, and then has no end
+    token.
+
+    Without a chat template, plain rows are taken as they are, and conversations written as transcripts.
 
     Raises:
         InputError: the tokenizer has no end token or no character offsets, or the template leaves no room.
@@ -1014,31 +1771,47 @@ class PairTokenizer:
         if tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token; set eos_token")
         bos_id, specials = tokenizer.bos_token_id, tokenizer("").input_ids
-        self.bos_ids = [bos_id] if bos_id is not None and bos_id in specials else []
+        # a template decides itself about the beginning of the text
+        self.bos_ids = [bos_id] if bos_id is not None and bos_id in specials and not self.has_template else []
         if self.has_template:
-            self.guide = self._choose_guide()
-            self.plain_frame, self.pref_frame = self._frame(plain), self._frame(self.guide)
-            self.head_ids, self.pref_head_ids = self._ids(self.plain_frame[0]), self._ids(self.pref_frame[0])
-            self.end_id = self._find_end_id()
+            self.has_system_role, self.end_id = self._shows_system_message(), self._find_end_id()
+            self.plain_frame, self.pref_frame = self._frame(self._plain), self._frame(self._guided)
         else:
-            self.head_ids = self.bos_ids
-            self.pref_head_ids = self.bos_ids + self._ids(self._without_bos(prefix.before_prompt("")))
-            self.end_id = tokenizer.eos_token_id
+            self.has_system_role, self.end_id = True, tokenizer.eos_token_id  # a transcript begins with that text
+            self.plain_frame, self.pref_frame = ("", ""), (self._without_bos(prefix.before_prompt("")), "")
+            # in a transcript, an answer follows a space; some tokenizers put one in front of every text
+            self.space = "" if tokenizer.decode(self._ids("a") + self._ids("a")) == "a a" else " "
+        self.head_ids, self.pref_head_ids = (
+            self.bos_ids + self._ids(before) for before, _ in (self.plain_frame, self.pref_frame)
+        )
 
     @property
     def has_template(self) -> bool:
         return bool(self.tokenizer.chat_template)
 
     def __call__(self, pair: Pair, report: DataReport) -> TokenizedPair | None:
-        """Token ids of a pair, or None (noted in the report) when its answers are the same once cut."""
-        prompt_ids, pref_prompt_ids, prompt_cut = self.encode_prompt(pair.prompt)
+        """Token ids of a pair, or None (noted in the report) when its answers are the same once cut or nothing fits.
+
+        Raises:
+            InputError: the template cannot be applied to the pair's conversation.
+        """
+        try:
+            encoded = self.encode_prompt(pair.prompt, pair.history)
+        except InputError as error:
+            where = f"{places_of([pair])}: " if pair.history else ""  # which not every template can show
+            raise InputError(*(f"{where}{problem}" for problem in error.problems)) from error
+        if encoded is None:
+            report.drop("whose system message leaves no room within MAX_PROMPT_LENGTH", pair.row, pair.file)
+            return None
+        prompt_ids, pref_prompt_ids, prompt_cut = encoded
         room = self.max_length - len(prompt_ids)
-        chosen, rejected = self.encode_answer(pair.chosen), self.encode_answer(pair.rejected)
+        in_transcript = pair.history is not None and not self.has_template
+        chosen, rejected = (self.encode_answer(answer, in_transcript) for answer in (pair.chosen, pair.rejected))
         if len(chosen) == 1 or len(rejected) == 1:  # nothing but the end token
-            report.drop("with an empty answer", pair.row)
+            report.drop("with an empty answer", pair.row, pair.file)
             return None
         if chosen[:room] == rejected[:room]:
-            report.drop("whose answers are the same within MAX_LENGTH", pair.row)
+            report.drop("whose answers are the same within MAX_LENGTH", pair.row, pair.file)
             return None
         report.truncated_prompts += prompt_cut
         report.truncated_answers += (len(chosen) > room) + (len(rejected) > room)
@@ -1047,34 +1820,49 @@ class PairTokenizer:
     def digest(self, pairs: Sequence[Pair]) -> str:
         """SHA-256 of all that decides on the ids of these pairs, this program included."""
         tokenizer, libraries = self.tokenizer, (transformers.__version__, tokenizers.__version__)
-        own = {name: value for name, value in vars(self).items() if name not in ("tokenizer", "guide")}
+        own = {name: value for name, value in vars(self).items() if name != "tokenizer"}
         named = (type(tokenizer), tokenizer.special_tokens_map, tokenizer.split_special_tokens, tokenizer.chat_template)
-        digest = hashlib.sha256(repr((libraries, own, named, pairs)).encode())
+        digest = hashlib.sha256(repr((libraries, own, named, pairs_digest(pairs))).encode())
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
         digest.update(Path(__file__).read_bytes())
         return digest.hexdigest()
 
-    def encode_answer(self, answer: str) -> list[int]:
+    def encode_answer(self, answer: str, in_transcript: bool = False) -> list[int]:
         """Ids of an answer and exactly one end token; special tokens spelled out in the text stay ordinary text."""
         end = self.tokenizer.convert_ids_to_tokens(self.end_id)
         if answer.rstrip().endswith(end):
             answer = answer.rstrip().removesuffix(end)
+        if in_transcript and answer and not answer[0].isspace():
+            answer = self.space + answer
         return self._ids(answer, split_special_tokens=True) + [self.end_id]
 
-    def encode_prompt(self, prompt: str) -> tuple[list[int], list[int], bool]:
-        """Ids of the plain and of the prefixed prompt, and whether content was cut."""
-        (head, content, tail, spanning), pref_head = self._encode_parts(prompt)
-        cut = len(head) + len(content) + len(tail) > self.max_prompt_length
-        if cut:
-            head, pref_head = self.head_ids, self.pref_head_ids
-            room = self.max_prompt_length - len(head) - len(tail)
-            if room < 1:
-                raise InputError(
-                    f"MAX_PROMPT_LENGTH (--max_prompt_length) is {self.max_prompt_length}, but the chat template alone "
-                    f"takes {len(head) + len(tail)} tokens of every prompt; raise it (MAX_LENGTH too, if need be)"
-                )
-            content = content[spanning:][-room:] or self._ids(prompt)[-room:]  # the whole template stays in front
-        return head + content + tail, self.prefix.virtual_ids + pref_head + content + tail, cut
+    def encode_prompt(
+        self, prompt: str, history: tuple[Message, ...] | None = None
+    ) -> tuple[list[int], list[int], bool] | None:
+        """Ids of the plain and of the prefixed prompt, and whether content was cut; None where history leaves no room.
+
+        Raises:
+            InputError: the template alone leaves none, or cannot be applied.
+        """
+        for shown in shorter_histories(history):
+            plain_frame, pref_frame = self._frames(shown)
+            head, content, tail, spanning = self._encode_parts(self._plain, plain_frame, prompt, shown)
+            if len(head) + len(content) + len(tail) <= self.max_prompt_length:
+                pref_head, pref_content, *_ = self._encode_parts(self._guided, pref_frame, prompt, shown)
+                # Where the prefix changes how the content's first token is cut, the content keeps its plain ids.
+                pref_head = pref_head if pref_content == content else self._head(pref_frame)
+                return head + content + tail, self.prefix.virtual_ids + pref_head + content + tail, shown != history
+        head, pref_head = self._head(plain_frame), self._head(pref_frame)
+        room = self.max_prompt_length - len(head) - len(tail)
+        if room < 1 and shown:
+            return None
+        if room < 1:
+            raise InputError(
+                f"MAX_PROMPT_LENGTH (--max_prompt_length) is {self.max_prompt_length}, but the chat template alone "
+                f"takes {len(head) + len(tail)} tokens of every prompt; raise it (MAX_LENGTH too, if need be)"
+            )
+        content = content[spanning:][-room:] or self._ids(prompt)[-room:]  # the whole template stays in front
+        return head + content + tail, self.prefix.virtual_ids + pref_head + content + tail, True
 
     def _without_bos(self, text: str) -> str:
         """Text without the beginning-of-sequence tokens that it brings itself, where one is put in front."""
@@ -1085,19 +1873,41 @@ class PairTokenizer:
     def _ids(self, text: str, **options) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, **options).input_ids
 
-    def _encode_parts(self, prompt: str) -> tuple[tuple[list[int], list[int], list[int], int], list[int]]:
-        """The plain prompt's ids as `_encode_rendered` gives them, and the prefixed ids before the content."""
-        if not self.has_template:
-            return (self.head_ids, self._ids(self._without_bos(prompt)), [], 0), self.pref_head_ids
-        parts = self._encode_rendered(plain, self.plain_frame, prompt)
-        pref_head, pref_content, *_ = self._encode_rendered(self.guide, self.pref_frame, prompt)
-        # Where the prefix changes how the content's first token is cut, the content keeps its plain ids.
-        return parts, pref_head if pref_content == parts[1] else self.pref_head_ids
+    def _plain(self, messages: Messages) -> Messages:
+        """What the template is given; where it has no system role, the user's first message begins with that text."""
+        if self.has_system_role or messages[0]["role"] != "system":
+            return messages
+        system, *rest = messages
+        return Prefix(system["content"]).before_first_question(rest)
 
-    def _encode_rendered(self, guide: Callable[[Messages], Messages], frame: tuple[str, str], prompt: str):
+    def _guided(self, messages: Messages) -> Messages:
+        """The same with the prefix in front."""
+        place = self.prefix.as_system_message if self.has_system_role else self.prefix.before_first_question
+        return place(self._plain(messages))
+
+    def _frames(self, history: tuple[Message, ...] | None) -> tuple[tuple[str, str], tuple[str, str]]:
+        """What stands around the content, in the plain and in the prefixed prompt."""
+        if history is None or (self.has_template and not history):
+            return self.plain_frame, self.pref_frame
+        return self._frame(self._plain, history), self._frame(self._guided, history)
+
+    def _head(self, frame: tuple[str, str]) -> list[int]:
+        """Ids of what stands before the content, tokenised without it."""
+        known = {self.plain_frame: self.head_ids, self.pref_frame: self.pref_head_ids}
+        return known[frame] if frame in known else self.bos_ids + self._ids(frame[0])
+
+    def _encode_parts(
+        self,
+        guide: Callable[[Messages], Messages],
+        frame: tuple[str, str],
+        prompt: str,
+        history: tuple[Message, ...] | None,
+    ) -> tuple[list[int], list[int], list[int], int]:
         """Ids before, of and after the content, and how many (0 or 1) of the content's span it and what is before."""
+        if history is None and not self.has_template:
+            return self._head(frame), self._ids(self._without_bos(prompt)), [], 0
         before, after = frame
-        text = self._render(guide, prompt)
+        text = self._render(guide, prompt, history)
         if not (text.startswith(before) and text.endswith(after)):
             raise InputError(f"the chat template of {self.tokenizer.name_or_path} rewrites the prompt {prompt[:60]!r}")
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -1106,11 +1916,16 @@ class PairTokenizer:
         first = next((i for i, (_, right) in enumerate(spans) if right > start), len(ids))
         last = next((i for i, (left, _) in enumerate(spans) if left >= end), len(ids))
         spanning = int(first < last and spans[first][0] < start)
-        return ids[:first], ids[first:last], ids[last:], spanning
+        return self.bos_ids + ids[:first], ids[first:last], ids[last:], spanning
 
-    def _frame(self, guide: Callable[[Messages], Messages]) -> tuple[str, str]:
-        """What the template puts before and after the user's message."""
-        parts = self._render(guide, PLACEHOLDER).split(PLACEHOLDER)
+    def _frame(
+        self, guide: Callable[[Messages], Messages], history: tuple[Message, ...] | None = None
+    ) -> tuple[str, str]:
+        """What the template puts before and after the user's last message."""
+        placeholder = PLACEHOLDER
+        while any(placeholder in content for _, content in history or ()):
+            placeholder += PLACEHOLDER
+        parts = self._render(guide, placeholder, history).split(placeholder)
         if len(parts) != 2:
             raise InputError(
                 f"the chat template of {self.tokenizer.name_or_path} shows the user's message {len(parts) - 1} times; "
@@ -1118,8 +1933,14 @@ class PairTokenizer:
             )
         return parts[0], parts[1]
 
-    def _render(self, guide: Callable[[Messages], Messages], prompt: str) -> str:
-        return self._apply_template(guide([{"role": "user", "content": prompt}]), add_generation_prompt=True)
+    def _render(
+        self, guide: Callable[[Messages], Messages], prompt: str, history: tuple[Message, ...] | None = None
+    ) -> str:
+        """The prompt as text, up to where the answer begins."""
+        messages = guide([{"role": role, "content": text} for role, text in (*(history or ()), ("user", prompt))])
+        if self.has_template:
+            return self._apply_template(messages, add_generation_prompt=True)
+        return self._without_bos(transcript(messages))
 
     def _apply_template(self, messages: Messages, **options) -> str:
         try:
@@ -1127,13 +1948,12 @@ class PairTokenizer:
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template of {self.tokenizer.name_or_path} fails: {error}") from error
 
-    def _choose_guide(self) -> Callable[[Messages], Messages]:
-        """The system message where the template has one; some templates refuse that role, others drop it silently."""
+    def _shows_system_message(self) -> bool:
+        """Whether the template has a system message; some refuse that role, others drop it silently."""
         probe = Prefix(PLACEHOLDER[::-1])  # a text that no template has of its own
         with contextlib.suppress(InputError):
-            if probe.text in self._render(probe.as_system_message, PLACEHOLDER):
-                return self.prefix.as_system_message
-        return self.prefix.before_first_message
+            return probe.text in self._render(probe.as_system_message, PLACEHOLDER)
+        return False
 
     def _find_end_id(self) -> int:
         """The token with which the template ends an assistant's turn, else the end-of-sequence token."""
@@ -1141,6 +1961,32 @@ class PairTokenizer:
         after = self._apply_template(turn).split(PLACEHOLDER)[-1]
         special_ids = self.tokenizer.added_tokens_decoder
         return next((i for i in self._ids(after) if i in special_ids), self.tokenizer.eos_token_id)
+
+
+def transcript(messages: Messages) -> str:
+    """A conversation for models without a chat template, up to where the assistant's next answer begins."""
+    speakers = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
+    return "".join(speakers[message["role"]] + message["content"] for message in messages) + "\n\nAssistant:"
+
+
+def shorter_histories(history: tuple[Message, ...] | None) -> Iterator[tuple[Message, ...] | None]:
+    """The history, then what is left of it without its oldest exchanges, one by one; the system message stays.
+
+    What is left begins with a message of the user, as templates ask for that want the roles to alternate.
+    """
+    yield history
+    turns = history or ()
+    system = turns[:1] if turns and turns[0][0] == "system" else ()
+    for start in range(len(system) + 1, len(turns) + 1):
+        if start == len(turns) or turns[start][0] == "user":
+            yield system + turns[start:]
+
+
+def pair_from_json(text: str) -> Pair:
+    """The pair whose fields these are."""
+    fields = json.loads(text)
+    history = fields.pop("history")
+    return Pair(**fields, history=None if history is None else tuple(map(tuple, history)))
 
 
 def tokenize_pairs(pairs: Sequence[Pair], report: DataReport, tokenize: PairTokenizer) -> list[TokenizedPair]:
@@ -1153,25 +1999,29 @@ def tokenize_pairs(pairs: Sequence[Pair], report: DataReport, tokenize: PairToke
     def encode(row: Mapping[str, str]) -> dict[str, Any]:
         """Token ids of a pair, and what is to be reported of it."""
         of_row = DataReport(report.path)
-        ids = tokenize(Pair(*json.loads(row["pair"])), of_row)
+        ids = tokenize(pair_from_json(row["pair"]), of_row)
         cut = {"prompts_cut": of_row.truncated_prompts, "answers_cut": of_row.truncated_answers}
-        return {name: getattr(ids, name, []) for name in ID_FIELDS} | cut | {"dropped": next(iter(of_row.dropped), "")}
+        return (
+            {name: getattr(ids, name, []) for name in ID_FIELDS}
+            | cut
+            | {"dropped": next((reason for reason, _ in of_row.dropped), "")}
+        )
 
-    rows = [{"pair": json.dumps(dataclasses.astuple(pair))} for pair in pairs]
+    rows = [{"pair": json.dumps(dataclasses.asdict(pair))} for pair in pairs]
     if len(pairs) < MANY_PAIRS:
         encoded = map(encode, rows)
     else:
-        encoded = kept_map(encode, rows, ENCODED, tokenize.digest(pairs), f"tokenising {report.path.name}")
+        encoded = kept_map(encode, rows, ENCODED, tokenize.digest(pairs), f"tokenising {Path(report.path).name}")
     tokenized = []
     for pair, row in zip(pairs, encoded, strict=True):
         report.truncated_prompts += row["prompts_cut"]
         report.truncated_answers += row["answers_cut"]
         if row["dropped"]:
-            report.drop(row["dropped"], pair.row)
+            report.drop(row["dropped"], pair.row, pair.file)
         else:
             tokenized.append(TokenizedPair(*(row[name] for name in ID_FIELDS), source=pair))
     if not tokenized:
-        raise InputError(f"data file {report.path}: none of its rows is usable: {report.describe_dropped()}")
+        raise InputError(f"{report}: none of its rows is usable: {report.describe_dropped()}")
     return tokenized
 
 
@@ -3146,10 +3996,9 @@ def fill_reference_logps(
         dataset.ref_files[condition] = file
     broken = (~logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if broken:
-        rows = describe_rows([dataset.pairs[index].source.row for index in broken])
+        rows = places_of(dataset.pairs[index].source for index in broken)
         raise RunError(
-            f"the reference's log-probabilities are not finite for {rows} of "
-            f"{trainer.settings.dataset_paths[split]}; look at the pairs, or at the model's weights"
+            f"the reference's log-probabilities are not finite for {rows}; look at the pairs, or at the model's weights"
         )
     if is_main:
         print(f"reference log-probabilities, {name}: {cache.describe(file, known, len(dataset))}", flush=True)
@@ -3187,8 +4036,7 @@ def require_finite(trainer: PreferenceGuidedDPOTrainer, logs: Mapping[str, Any])
         share = range(trainer.args.process_index, len(dataset), trainer.args.world_size)
         suspects = trainer.update_indices if split == "train" else share
         broken = broken_pairs(trainer, dataset, suspects)
-        rows = describe_rows([dataset.pairs[index].source.row for index in broken])
-        cause = f"it comes from {rows} of {trainer.settings.dataset_paths[split]}"
+        cause = f"it comes from {places_of(dataset.pairs[index].source for index in broken)}"
         raise RunError(
             f"update {trainer.state.global_step}: {', '.join(f'{name} is {logs[name]}' for name in bad)}; "
             f"{cause if broken else 'no pair alone gives it'}. Look at the pairs, or lower LEARNING_RATE and start "
@@ -3405,7 +4253,7 @@ def fitting_settings(
         if size == 1:
             pair = pairs[0]["pair"]
             tokens = sum(map(pair.num_tokens, args.conditions))
-            where = f"row {pair.source.row} of {args.dataset_paths['train']}, {tokens} tokens in the rows of a step"
+            where = f"{places_of([pair.source])}, {tokens} tokens in the rows of a step"
             raise InputError(memory_problem(args, f"one pair does not fit into memory: {where}", hf_args.device))
         size //= 2
         fitting = dataclasses.replace(args, pairs_per_forward=size)
@@ -3540,7 +4388,7 @@ class RunCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.log({PEAK_MEMORY: peak_memory(args.device, state.log_history)})
         if state.is_world_process_zero:
-            prompts = [pair.source.prompt for pair in self.trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
+            prompts = [pair.source.shown_prompt for pair in self.trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
             with adapter_weights(self.trainer.model, self.trainer.start_weights):  # again the model that it was
                 before = self.answers(self.prompt_at_start)
             answers = (*before, *self.answers(self.trainer.soft_prompt))
@@ -4091,7 +4939,7 @@ def run_state(output_dir: Path) -> str:
     return "finished" if MODEL_CARD in names else "unfinished"
 
 
-def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]:
+def recorded_settings(args: ScriptArguments, devices: Devices, pairs: Mapping[str, Sequence[Pair]]) -> dict[str, Any]:
     """What a resumed run must share with the interrupted one: settings, ranks, and the data's content."""
     free = (
         "plan",
@@ -4105,14 +4953,14 @@ def recorded_settings(args: ScriptArguments, devices: Devices) -> dict[str, Any]
         "cpu_ranks",
         "train_dataset_path",
         "test_dataset_path",
+        "test_share",
+        "data_format",
         "prompt_embedding_path",
         "adapter_path",
         *args.not_used,
     )
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
-    digests = {
-        f"the {split} data": hashlib.sha256(path.read_bytes()).hexdigest() for split, path in args.dataset_paths.items()
-    }
+    digests = {f"the {split} data": pairs_digest(of_split) for split, of_split in pairs.items()}
     if args.prompt_embedding_path:
         file = soft_prompt_file(expanded(args.prompt_embedding_path))
         digests["the soft prompt"] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -4198,7 +5046,8 @@ def output_problems(args: ScriptArguments) -> list[str]:
         return [f"{where}: holds a run and is a mount point, which cannot be moved aside; name a folder in it"]
     names = (args.policy_model_path, args.prompt_embedding_path, args.adapter_path, args.ds_config_path)
     named = map(os.path.expanduser, filter(None, names))
-    inputs = [Path.cwd(), PROJECT_DIR, *named, *args.dataset_paths.values()]
+    data = [place_of(source.name)[0] for sources in args.sources.values() for source in sources]
+    inputs = [Path.cwd(), PROJECT_DIR, *named, *filter(None, data)]
     # A link in the folder counts as well as what lies in it: both would be gone from where they were named.
     inside = [
         path
@@ -4417,15 +5266,40 @@ def check_inputs(
     devices = check(
         {"gpu_nodes", "cpu_ranks"}, lambda: resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus())
     )
-    paths = {split: path for split, path in args.dataset_paths.items() if split == "test" or not args.evaluate_only}
-    read = {split: check({f"{split}_dataset_path"}, read_pairs, path) for split, path in paths.items()}
+    splits = [] if "data_format" in wrong else args.sources
+    read = {split: check({f"{split}_dataset_path"}, read_split, args, split) for split in splits}
+    divided = check({"test_share"}, divide, args, read) if read and all(read.values()) else None
     if args.training_mode == "embedding" or (args.trains_prefix and not problems):
         check({args.soft_prompt_setting, "policy_model_path"}, soft_prompt_size, args)
     if args.resume and not args.evaluate_only and not problems:
-        check(set(), lambda: require_same_settings(args, recorded_settings(args, devices)))
+        check(set(), lambda: require_same_settings(args, recorded_settings(args, devices, divided[0])))
     if problems:
         raise InputError(*problems)
-    return devices, *({split: part[k] for split, part in read.items()} for k in (0, 1))
+    return devices, *divided
+
+
+def describe_test_data(args: ScriptArguments, test: DataReport) -> str:
+    """The held-out pairs, in the plan."""
+    if test.prompts:
+        return f"held out: {test.usable} pairs of {test.prompts} prompts (TEST_SHARE {args.test_share:g})"
+    return f"{test.path}, {test.usable} pairs ({test.describe_changes()})"
+
+
+def describe_data(args: ScriptArguments, reports: Mapping[str, DataReport]) -> dict[str, str]:
+    """What was read and how, in the plan."""
+    train, test = reports["train"], reports["test"]
+    formats = {split: report.describe_format() for split, report in reports.items() if report.formats}
+    same = len(set(formats.values())) == 1
+    notices = [*train.notices, *test.notices]
+    if "test" in args.sources and args.test_share != ScriptArguments.test_share:
+        notices.append("TEST_SHARE has no part: the test data is not held out of the training data")
+    lines = {
+        "training data": f"{train.path}, {train.usable} pairs ({train.describe_changes()})",
+        "test data": describe_test_data(args, test),
+        "data format": "; ".join([*formats.values()][:1] if same else [f"{k}: {v}" for k, v in formats.items()]),
+        "data notice": "; ".join(notices),
+    }
+    return {name: text for name, text in lines.items() if text}
 
 
 def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str, DataReport]) -> str:
@@ -4438,14 +5312,12 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
         if args.reference_cache_path
         else "log-probabilities computed for this run only (REFERENCE_CACHE=off)"
     )
-    data = {split: f"{r.path}, {r.usable} pairs (dropped: {r.describe_dropped()})" for split, r in reports.items()}
     lines = {
         "mode": args.training_mode + ("" if "pref" in args.conditions else ", but ALPHA is 0: plain DPO"),
         "preference": describe_prefix(args),
         "model": args.policy_model_path
         or f"SmolLM2-135M-Instruct, bundled, dequantised from Q4_1: {BUNDLED_MODEL_DIR}",
-        "training data": data["train"],
-        "test data": data["test"],
+        **describe_data(args, reports),
         "pairs per update": f"{devices.ranks} × {args.gradient_accum_steps}, {args.pairs_per_forward} in a forward",
         "updates": f"{updates} ({args.num_epochs:g} epoch(s))",
         "loss": f"{args.loss_type}, β {args.beta:g}"
@@ -4476,7 +5348,7 @@ def describe_evaluation(args: ScriptArguments, devices: Devices, report: DataRep
         "adapter": f"{args.adapter_path}, a soft prompt" if args.trains_prefix else adapter,
         "reference": describe_reference(dataclasses.replace(args, adapter_reference="base")),
         "preference": describe_prefix(args),
-        "test data": f"{report.path}, {report.usable} pairs (dropped: {report.describe_dropped()})",
+        "test data": describe_test_data(args, report),
         "device": f"{'GPU' if devices.on_gpu else 'CPU'}, {precision_dtype(args.precision, devices.on_gpu)}",
     }
     if not args.adapter_path:
@@ -4662,7 +5534,7 @@ def evaluate(args: ScriptArguments, problems: Sequence[str]) -> None:
     model_path = resolve_model_path(args.policy_model_path)
     config, tokenizer = load_config_and_tokenizer(model_path, args.policy_model_path)
     prefix, start = choose_prefix(args, config, tokenizer)
-    dataset = tokenize_datasets(args, config, tokenizer, prefix, pairs, reports)["test"]
+    dataset = tokenize_datasets(args, config, tokenizer, prefix, {"test": pairs["test"]}, reports)["test"]
     model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
     scores = score_in_memory(args, model, evaluation_device(devices), start, dataset)
     require_finite_scores(scores, dataset)
@@ -4744,7 +5616,7 @@ def train(
     if is_main:
         tokens = tokens_digest(pair for dataset in datasets.values() for pair in dataset.pairs)
         content = {"the base model": weights, "what the tokenizer makes": tokens}
-        locks, earlier = take_folders(args, devices, content)
+        locks, earlier = take_folders(args, devices, pairs, content)
     trainer = PreferenceGuidedDPOTrainer(
         policy, hf_args, used, datasets["train"], datasets["test"], tokenizer, first_scores, soft_prompt
     )
@@ -4788,7 +5660,9 @@ def tokenize_datasets(
     return datasets
 
 
-def take_folders(args: ScriptArguments, devices: Devices, content: Mapping[str, str]) -> tuple[list[Any], Path | None]:
+def take_folders(
+    args: ScriptArguments, devices: Devices, pairs: Mapping[str, Sequence[Pair]], content: Mapping[str, str]
+) -> tuple[list[Any], Path | None]:
     """Makes the output and the log folder this run's: its locks, and where an earlier run's folder went.
 
     Args:
@@ -4798,7 +5672,7 @@ def take_folders(args: ScriptArguments, devices: Devices, content: Mapping[str, 
         InputError: another run has them, or the run in them was made with other settings.
         RankError: they cannot be written.
     """
-    settings = recorded_settings(args, devices)  # reads the input files, before anything is moved
+    settings = recorded_settings(args, devices, pairs)  # reads the soft prompt, before anything is moved
     settings["content"] |= content
     with writing(args.output_path):
         locks = [lock_folder("output_dir", args.output_path), lock_folder("log_dir", args.log_path)]
@@ -4913,11 +5787,15 @@ def print_data_report(
 ) -> None:
     """Rows read, dropped and cut, and one example as the model sees it."""
     for split, report in reports.items():
+        read = "held out" if report.prompts else "read"
         print(
-            f"{split} data: {report.rows} rows read, {len(datasets[split])} pairs used, dropped: "
-            f"{report.describe_dropped()}; {describe_lengths(datasets[split].pairs)}; "
+            f"{split} data: {report.rows} rows {read}, {len(datasets[split])} pairs used, {report.describe_changes()}; "
+            f"{describe_lengths(datasets[split].pairs)}; "
             f"prompts cut: {report.truncated_prompts}, answers cut: {report.truncated_answers}"
+            + (f"; {report.describe_format()}" if report.formats else "")
         )
+        for notice in report.notices:
+            print(f"notice: {notice}")
     print("one example as the model sees it; what is scored stands between ⟦ and ⟧")
     print(describe_example(datasets["train"].pairs[0], tokenizer), flush=True)
 

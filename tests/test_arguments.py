@@ -43,7 +43,7 @@ DEFAULTS = {
 # design §3: variables whose default the design leaves open
 OPEN = """preference_text pairs_per_forward seed eval_steps loss_type label_smoothing prompt_init gradient_checkpointing
 precision zero_stage offload ds_config hostfile node_rank master_addr cpu_ranks load_in_4bit adapter_path preset
-ptuning_learning_rate reference_cache adapter_reference"""
+ptuning_learning_rate reference_cache adapter_reference test_share data_format"""
 
 # field → (values just inside, values just outside)
 BORDERS = {
@@ -64,6 +64,7 @@ BORDERS = {
     "lora_dropout": (("0", "0.999"), ("-1e-9", "1", "nan")),
     "lora_target_modules": (("all-linear", "q_proj", "q_proj, v_proj"), ("", " ", "q_proj,", "q_proj,,v_proj")),
     "max_prompt_length": (("1", "299"), ("0", "-1")),
+    "test_share": (("1e-9", "0.999"), ("0", "1", "-0.1", "nan")),
     "seed": (("0", str(2**32 - 1)), ("-1", str(2**32))),
     "eval_steps": (("0", "1"), ("-1",)),
     "cpu_ranks": (("1", str(CORES)), ("0", "-1", str(CORES + 1))),
@@ -81,6 +82,11 @@ ONLY = {
         "'text' or 'embedding' or 'ptuning'",
     ),
     "prompt_init": (("text", "random"), ("Random", "zeros", ""), "'text' or 'random'"),
+    "data_format": (
+        ("auto", "plain", "messages", "repeated", "transcript"),
+        ("Plain", "chatml", ""),
+        "'auto' or 'plain' or 'messages' or 'repeated' or 'transcript'",
+    ),
     "loss_type": (("sigmoid", "ipo", "hinge", "robust"), ("IPO", "dpo", ""), "'sigmoid' or 'ipo' or"),
     "precision": (("auto", "bf16", "fp32"), ("fp16", "float32", ""), "'auto' or 'bf16' or 'fp32'"),
     "load_in_4bit": (("false", "0", "no"), ("true", "1"), "False"),
@@ -105,6 +111,7 @@ WRONG_TYPE = {
     "label_smoothing": "x",
     "lora_dropout": "10%",
     "num_epochs": "one",
+    "test_share": "10%",
     "gradient_accum_steps": "16.0",
     "pairs_per_forward": "four",
     "lora_r": "1.5",
@@ -208,12 +215,79 @@ def test_what_a_mode_scores_and_how_fast_it_learns(mode, alpha, conditions, rate
     assert args.trains_prefix == (mode == "ptuning")
 
 
-def test_dataset_paths(monkeypatch, tmp_path):
-    bundled = T.ScriptArguments().dataset_paths
-    assert bundled == {"train": PROJECT / "data" / "train.jsonl", "test": PROJECT / "data" / "test.jsonl"}
+def sources(train: str = "", test: str = "") -> dict[str, list[tuple[str, float]]]:
+    args = T.ScriptArguments(train_dataset_path=train, test_dataset_path=test)
+    return {split: [tuple(source) for source in found] for split, found in args.sources.items()}
+
+
+def test_where_the_data_comes_from():
+    """Without a test set, a share of the user's own training data is held out: no test source."""
+    bundled = {split: [(str(PROJECT / "data" / f"{split}.jsonl"), 1)] for split in ("train", "test")}
+    assert sources() == bundled
+    assert sources("a.jsonl") == {"train": [("a.jsonl", 1)]}
+    assert sources("", "b.jsonl") == {"train": bundled["train"], "test": [("b.jsonl", 1)]}
+    assert sources("a.jsonl, o/n:c:s*2 ,~/c.csv*.5", "b, d") == {
+        "train": [("a.jsonl", 1), ("o/n:c:s", 2), ("~/c.csv", 0.5)],
+        "test": [("b", 1), ("d", 1)],
+    }
+
+
+def test_a_path_that_exists_is_taken_as_it_stands(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.jsonl", "c*2", "d:train", "e"):
+        (tmp_path / name).write_text("")
+    assert sources("a,b.jsonl")["train"] == [("a,b.jsonl", 1)]
+    assert sources("e,a,b.jsonl*3,f,c*2,d:train")["train"] == [
+        ("e", 1), ("a,b.jsonl", 3), ("f", 1), ("c*2", 1), ("d:train", 1),
+    ]  # fmt: skip
+    assert T.place_of("d:train") == (Path("d:train"), []) and T.place_of("e:train") == (Path("e"), ["train"])
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("org/name", (None, [])),
+        ("org/name:test_prefs", (None, ["test_prefs"])),
+        ("org/name:main:test", (None, ["main", "test"])),
+        ("./none", (Path("none"), [])),
+        ("/org/name", (Path("/org/name"), [])),
+        ("none", (Path("none"), [])),
+        ("org/none.jsonl", (Path("org/none.jsonl"), [])),
+        ("org/none.json.gz:a", (Path("org/none.json.gz:a"), [])),
+        ("here/none", (Path("here/none"), [])),
+    ],
+)
+def test_what_is_looked_for_on_the_hub(monkeypatch, tmp_path, path, place):
+    """Neither what has the name of a data file nor what would lie in a folder that is here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert T.place_of(path) == place
+
+
+def test_a_source_in_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    own = T.ScriptArguments(train_dataset_path="~/a.jsonl", test_dataset_path="b.jsonl").dataset_paths
-    assert own == {"train": tmp_path / "a.jsonl", "test": Path("b.jsonl")}
+    (tmp_path / "a").mkdir()
+    assert T.place_of("~/a:train") == (tmp_path / "a", ["train"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "phrase"),
+    [
+        ("train", "a.jsonl,,b.jsonl", "names nothing before, after or between commas"),
+        ("train", "a.jsonl,", "names nothing"),
+        ("test", " ", "names nothing"),
+        ("train", "data/*.jsonl", "what follows * is a weight, a number above 0 and at most 1000"),
+        ("train", "a.jsonl*0", "what follows * is a weight"),
+        ("train", "a.jsonl*-1", "what follows * is a weight"),
+        ("train", "a.jsonl*nan", "what follows * is a weight"),
+        ("train", "a.jsonl*1001", "what follows * is a weight"),
+        ("test", "a.jsonl*0.5", "weights belong to the training data; leave *0.5 out"),
+        ("train", "a.jsonl,~nobody7/b", "there is no user nobody7"),
+    ],
+)
+def test_sources_that_cannot_be_read(name, value, phrase):
+    (line,) = problems("--train_dataset_path=a", f"--{name}_dataset_path={value}")
+    assert line.startswith(f"- {name.upper()}_DATASET_PATH (--{name}_dataset_path) is {value!r}: ") and phrase in line
 
 
 def test_ds_config_is_found_here_or_beside_the_module(monkeypatch, tmp_path):

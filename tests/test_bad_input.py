@@ -7,6 +7,7 @@ of a second. The weights of the good model are none: a case in which they are lo
 
 import ctypes
 import gc
+import gzip
 import json
 import os
 import re
@@ -318,7 +319,7 @@ FLAGS = {
         "OUTPUT_DIR (--output_dir) is '{here}/file': {here}/file is a file; name another folder",
         "DS_CONFIG (--ds_config) is 'none.json': …; name a DeepSpeed configuration",
         "GPU_NODES (--gpu_nodes) is 'localhost:0': there is no GPU 0; this machine has no GPU; auto trains on its CPU",
-        "data file none.jsonl does not exist; name a JSON lines file with prompt, chosen, rejected in each row",
+        "data file none.jsonl does not exist; name a file (.jsonl, .json, .csv, .parquet), a folder of them or a hub id (org/name)",
         "data file broken.jsonl, row 1: is not valid JSON (…at column 2); write one object a line",
         "PROMPT_EMBEDDING_PATH (--prompt_embedding_path) is 'none.pt': there is no such file; name a soft prompt",
         files={"file": "", "broken.jsonl": "{"},
@@ -353,20 +354,55 @@ FLAGS = {
 DATA = {
     "no such data": data(
         link_to("gone.jsonl"),
-        " does not exist; name a JSON lines file with prompt, chosen, rejected in each row",
+        " does not exist; name a file (.jsonl, .json, .csv, .parquet), a folder of them or a hub id (org/name)",
     ),
     "hub id for data": case(
-        "data file HuggingFaceH4/ultrafeedback_binarized does not exist; name a JSON lines file with …",
+        "data set HuggingFaceH4/ultrafeedback_binarized cannot be loaded (ConnectionError: Couldn't reach …); check …",
         TRAIN_DATASET_PATH="HuggingFaceH4/ultrafeedback_binarized",
     ),
-    "folder for data": data(
-        {"train.jsonl": row()},
-        " is a folder; name a JSON lines file with prompt, chosen, rejected in each row",
+    "hub id with too many colons": case(
+        "data set org/name:a:b:c: a colon is followed by a split; write saved_folder:split, org/name:split or …",
+        TRAIN_DATASET_PATH="org/name:a:b:c",
     ),
-    "pipe for data": data(os.mkfifo, " is no regular file; name a JSON lines file with …"),
-    "device for data": case(
-        "data file /dev/zero is no regular file; name a JSON lines file with …", TRAIN_DATASET_PATH="/dev/zero"
+    "split of a file": case(
+        "data set ../train.jsonl:train: a colon is followed by a split; write …",
+        TRAIN_DATASET_PATH="../train.jsonl:train",
     ),
+    "folder without data": data({".hidden.jsonl": row(), "notes.txt": "mine"}, " is a folder without a data file; …"),
+    "folder with a broken file": case(
+        "data file pairs/b/c.jsonl, row 1: field 'prompt' is empty",
+        "data file pairs/d.csv: column 'prompt' occurs twice; rename one",
+        files={"pairs": {"a.jsonl": row(), "b": {"c.jsonl": row(prompt="")}, "d.csv": "prompt,prompt\n"}},
+        TRAIN_DATASET_PATH="pairs",
+    ),
+    "two sources broken": case(
+        "data file a.jsonl does not exist; …",
+        "data file b.jsonl, row 1: field 'chosen' is int, not a string",
+        files={"b.jsonl": row(chosen=1)},
+        TRAIN_DATASET_PATH="a.jsonl,../train.jsonl*2,b.jsonl*0.5",
+    ),
+    "weighted test data": case(
+        "TEST_DATASET_PATH (--test_dataset_path) is '../test.jsonl*2': weights belong to the training data; …",
+        TEST_DATASET_PATH="../test.jsonl*2",
+    ),
+    "unknown format": case(
+        "DATA_FORMAT (--data_format) is 'chatml': there is no such format; set it to 'auto' or …",
+        DATA_FORMAT="chatml",
+    ),
+    "everything held out": case(
+        "TEST_SHARE (--test_share) is 1.0: must be above 0 and below 1; 0.1 is usual",
+        TEST_SHARE="1",
+        TEST_DATASET_PATH="",
+    ),
+    "nothing to hold out": case(
+        "TEST_DATASET_PATH (--test_dataset_path) is '': nothing can be held out of data file pairs.jsonl, which has one "
+        "prompt only; name test data",
+        files={"pairs.jsonl": row() + row(prompt=" Two  plus two?\n")},
+        TRAIN_DATASET_PATH="pairs.jsonl",
+        TEST_DATASET_PATH="",
+    ),
+    "pipe for data": data(os.mkfifo, " is no regular file; name a file …"),
+    "device for data": case("data file /dev/zero is no regular file; name a file …", TRAIN_DATASET_PATH="/dev/zero"),
     "data that may not be read": data(unreadable, " cannot be read: Permission denied; check its permissions"),
     "over-long name of data": case(
         "TRAIN_DATASET_PATH (--train_dataset_path) is 'xxxx…: file name too long; name another path",
@@ -406,7 +442,7 @@ DATA = {
     ),
     "number for an answer": data(row() + row(chosen=4), ", row 2: field 'chosen' is int, not a string"),
     "messages for an answer": data(
-        row(chosen=[{"role": "assistant", "content": "Four."}]), ", row 1: field 'chosen' is list, not a string"
+        row() + row(chosen=[{"role": "assistant", "content": "Four."}]), ", row 2: field 'chosen' is list, not a string"
     ),
     "null for an answer": data(row() + row(rejected=None), ", row 2: field 'rejected' is NoneType, not a string"),
     "empty prompt": data(row() + row(prompt=" \n"), ", row 2: field 'prompt' is empty"),
@@ -432,8 +468,12 @@ DATA = {
     ),
     "row nested too deeply": data("[" * 100_000, ", row 1: is nested too deeply"),
     "row of 17 MiB": data(row() + row(chosen="x" * (17 << 20)), ", row 2: is longer than 16 MiB; …"),
-    "packed data": data(b"\x1f\x8b\x08\x00" + bytes(range(128, 256)), "…gzip…; …"),
-    "Parquet": data(b"PAR1\x15\x04\x15\x90" + bytes(range(128, 256)), "…Parquet…; …"),
+    "damaged gzip": data(b"\x1f\x8b\x08\x00" + bytes(range(128, 256)), "…gzip…; …"),
+    "cut gzip": data(gzip.compress(row().encode() * 99)[:-30], ": what gzip packed is damaged (…); pack it again"),
+    "gzip in gzip": data(gzip.compress(gzip.compress(row().encode())), " is packed with gzip twice; unpack it"),
+    "endless line in gzip": data(gzip.compress(b" " * (17 << 20)), ", row 1: is longer than 16 MiB; …"),
+    "zip": data(b"PK\x03\x04", " is a zip archive; unpack it"),
+    "damaged Parquet": data(b"PAR1\x15\x04\x15\x90" + bytes(range(128, 256)), "…Parquet…; …"),
     "identical answers only": data(
         row(rejected="Four.") + row(rejected=" Four.\n"),
         ": none of its 2 rows is usable: 2 with identical answers (rows 1, 2); …",

@@ -435,8 +435,14 @@ def test_a_run_that_is_still_needed_does_not_make_way(tmp_path, monkeypatch, ins
     assert "must make way" in problem and "lies in it" in problem
 
 
+def recorded(args, devices) -> dict:
+    """What a run with these settings notes."""
+    pairs, _ = T.divide(args, {split: T.read_split(args, split) for split in args.sources})
+    return T.recorded_settings(args, devices, pairs)
+
+
 def resume_problems(args, devices) -> list[str]:
-    return T.problems_of(T.require_same_settings, args, T.recorded_settings(args, devices))[1]
+    return T.problems_of(T.require_same_settings, args, recorded(args, devices))[1]
 
 
 def test_a_resumed_run_needs_the_same_settings_and_data(tmp_path):
@@ -445,7 +451,7 @@ def test_a_resumed_run_needs_the_same_settings_and_data(tmp_path):
     args = settings(tmp_path, train_dataset_path=str(train), test_dataset_path=str(test))
     one_rank, two_ranks = T.resolve_devices("auto", 1, []), T.resolve_devices("auto", 2, [])
     (tmp_path / "out/run").mkdir(parents=True)
-    (tmp_path / "out/run/run_settings.json").write_text(json.dumps(T.recorded_settings(args, one_rank)))
+    (tmp_path / "out/run/run_settings.json").write_text(json.dumps(recorded(args, one_rank)))
     assert resume_problems(args, one_rank) == []
     args.eval_steps, args.resume, args.gpu_nodes = 77, True, "localhost:0"  # these may differ
     (tmp_path / "renamed.jsonl").write_bytes(train.read_bytes())
@@ -494,7 +500,7 @@ def test_a_resumed_run_needs_the_same_soft_prompt(tmp_path, value):
     args = settings(tmp_path, training_mode="embedding", prompt_embedding_path=str(soft), **data)
     torch.save({"prompt_embeddings": torch.ones(3, 32)}, soft)
     (tmp_path / "out/run").mkdir(parents=True)
-    (tmp_path / "out/run/run_settings.json").write_text(json.dumps(T.recorded_settings(args, ONE_RANK)))
+    (tmp_path / "out/run/run_settings.json").write_text(json.dumps(recorded(args, ONE_RANK)))
     torch.save({"prompt_embeddings": torch.full((3, 32), value)}, soft)
     args.preference_text, args.ptuning_learning_rate = "Another.", 0.5  # no part in embedding mode
     found = resume_problems(args, ONE_RANK)
@@ -595,10 +601,10 @@ def test_a_soft_prompt_that_only_the_models_size_tells_apart_can_be_planned_with
     model = tiny_run["POLICY_MODEL_PATH"] if local else "someone/some-model"
     changes = {"training_mode": "embedding", "prompt_embedding_path": str(soft), "policy_model_path": model}
     args = T.ScriptArguments(**{**ready, **changes})
-    devices, _, reports = T.check_inputs(args)
+    devices, pairs, reports = T.check_inputs(args)
     plan = T.describe_plan(args, devices, reports)
     assert f"{3 if local else 'the'} soft embeddings from {soft}" in plan
-    assert T.recorded_settings(args, devices)["content"]["the soft prompt"]
+    assert T.recorded_settings(args, devices, pairs)["content"]["the soft prompt"]
 
 
 @pytest.mark.parametrize(

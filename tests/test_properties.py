@@ -89,9 +89,9 @@ def test_rows_are_read_as_they_were_written(folder, rows, newline, start, end):
     usable = [pair for pair in expected if pair.row not in empty + same]
     if not usable:
         with pytest.raises(T.InputError, match=f"none of its {len(rows)} rows is usable"):
-            T.read_pairs(path)
+            T.read_pairs(path, data_format="plain")
         return
-    pairs, report = T.read_pairs(path)
+    pairs, report = T.read_pairs(path, data_format="plain")  # else answers that repeat their prompt might lose it
     assert pairs == usable
     assert sorted(report.dropped.values()) == sorted(dropped for dropped in (empty, same) if dropped)
     assert (report.rows, report.usable) == (len(rows), len(usable))
@@ -135,7 +135,7 @@ lines = st.one_of(
 def test_any_line_is_a_pair_or_an_error_that_names_its_row(folder, line):
     """No bytes in a line raise anything else, and none of them hide or change the rows around it; errors are brief."""
     try:
-        pair = T.parse_row(line, 2)
+        pair = T.Pair(*T.parse_plain(T.checked_record(T.parse_line(line)))[:3], row=2)
     except ValueError as error:
         pair, problem = None, str(error)
     else:
