@@ -218,7 +218,10 @@ class ScriptArguments:
     # --- optimisation
     learning_rate: float = setting(5e-4, "Peak learning rate of the LoRA matrices (AdamW).")
     ptuning_learning_rate: float = setting(3e-2, "Peak learning rate of the soft prompt in ptuning mode (AdamW).")
-    lr_scheduler_type: str = setting("linear", "Any schedule name that transformers knows: linear, cosine, constant, …")
+    lr_scheduler_type: str = setting(
+        "linear",
+        "The schedule: linear, cosine, cosine_with_restarts, constant, constant_with_warmup or inverse_sqrt.",
+    )
     warmup_ratio: float = setting(0.0, "Share of the updates over which the learning rate rises from 0.")
     weight_decay: float = setting(0.0, "AdamW's weight decay.")
     max_grad_norm: float = setting(1.0, "The gradient of an update is scaled down to this norm.")
@@ -415,21 +418,28 @@ class FlagParser(HfArgumentParser):
 
     def _get_value(self, action, arg_string):
         self.lists.pop(action.dest, None)  # the last flag of a name counts
-        words = list_words(arg_string) if action.dest in SWEPT else []
-        if len(words) < 2:
-            return self._one_value(action, arg_string, arg_string)
-        self.lists[action.dest] = [self._one_value(action, word, arg_string) for word in words]
-        return self.lists[action.dest][0]
-
-    def _one_value(self, action, word, whole):
-        try:
-            return super()._get_value(action, word)
-        except ArgumentError:
-            kind = {int: "a whole number", float: "a number"}.get(action.type, "true or false")
-            where = describe(action.dest, whole) + (f", of which {shortened(repr(word))}" if word != whole else "")
-            hint = "; separate the values of a sweep by spaces" if "," in word and action.dest in SWEPT else ""
-            self.problems.append(f"{where}: must be {kind}{hint}")
+        words, values, unread = [arg_string], [], []
+        if action.dest in SWEPT and len(list_words(arg_string)) > 1:
+            words = list_words(arg_string)
+        for word in words:
+            try:
+                values.append(super()._get_value(action, word))
+            except ArgumentError:
+                unread.append(word)
+        if unread:
+            self.problems.append(f"{describe(action.dest, arg_string)}: {self.rule(action, words, unread)}")
             return action.default
+        if len(values) > 1:
+            self.lists[action.dest] = values
+        return values[0]
+
+    def rule(self, action, words: Sequence[str], unread: Sequence[str]) -> str:
+        """What the words of a value must be, of which some could not be read."""
+        kind = {int: "a whole number", float: "a number"}.get(action.type, "true or false")
+        if len(words) > 1:
+            return f"each must be {kind}, unlike {shortened(', '.join(map(repr, unread)))}"
+        commas = "," in words[0] and action.dest in SWEPT
+        return f"must be {kind}" + ("; separate the values of a sweep by spaces" if commas else "")
 
     def error(self, message):
         raise InputError(*self.problems, message)
@@ -521,18 +531,22 @@ def argument_problems(args: ScriptArguments) -> list[str]:
         )
     if args.resume and args.overwrite:
         problems.append(f"{describe('resume', True)}, and so is OVERWRITE: set one of them to false")
-    for name, value in preset_values(args).items():
-        if (own := getattr(args, name)) not in (value, default := getattr(ScriptArguments, name)):
-            problems.append(
-                f"{describe(name, own)}, but PRESET={args.preset} stands for {name.upper()}={value:g}; "
-                f"leave {name.upper()} at {default:g}, or empty PRESET"
-            )
-    return problems
+    return problems + preset_problems(args)
 
 
 def preset_values(args: ScriptArguments) -> dict[str, float]:
     """What PRESET sets, as far as the mode uses it."""
     return {name: value for name, value in PRESETS.get(args.preset, {}).items() if name not in args.not_used}
+
+
+def preset_problems(args: ScriptArguments) -> list[str]:
+    """Settings with values of their own that PRESET would replace."""
+    return [
+        f"{describe(name, own)}, but PRESET={args.preset} stands for {name.upper()}={value:g}; "
+        f"leave {name.upper()} at {default:g}, or empty PRESET"
+        for name, value in preset_values(args).items()
+        if (own := getattr(args, name)) not in (value, default := getattr(ScriptArguments, name))
+    ]
 
 
 def with_preset(args: ScriptArguments) -> ScriptArguments:
@@ -3896,7 +3910,9 @@ def unused_path(folder: Path, name: str) -> Path:
 
 MAX_SWEEP_RUNS, MAX_RUN_NAME = 1000, 200
 SWEEP_METRICS = ("accuracy", "reward_margin", "loss", "pref_advantage_ratio")
+OTHER_SCALE = {"preset", "beta", "alpha", "loss_type", "label_smoothing"}  # on which reward margin and loss depend
 FATES = {"finished": "keep", "unfinished": "resume"}  # of a run with the same settings and data
+Checked = tuple[Devices, dict[str, list[Pair]], dict[str, DataReport]]  # what `check_inputs` gives
 
 
 @dataclass(frozen=True)
@@ -3994,7 +4010,7 @@ def describe_runs(runs: Sequence[SweepRun], some: Sequence[SweepRun]) -> str:
 
 def check_sweep(
     args: ScriptArguments, lists: Mapping[str, Sequence[Any]], problems: Sequence[str]
-) -> tuple[list[SweepRun], Devices, dict[str, DataReport]]:
+) -> tuple[list[SweepRun], list[Checked]]:
     """The runs of a sweep, each checked as a run of its own would be; what is in their folders is not looked at.
 
     Raises:
@@ -4003,19 +4019,18 @@ def check_sweep(
     problems = [*problems, *list_problems(args, lists)]
     if math.prod(map(len, lists.values())) > MAX_SWEEP_RUNS:
         raise InputError(*problems)
-    runs, reader, found, checked = runs_of(args, lists), once(read_pairs), [], None
+    runs, reader, outcomes = runs_of(args, lists), once(read_pairs), []
     if (length := max(len(run.name) for run in runs)) > MAX_RUN_NAME:
         what = f"of {length} characters, more than {MAX_RUN_NAME}; sweep fewer settings at once"
         problems.append(f"the lists make names of folders {what}")
     for run in runs:
         of_run = [*problems, *argument_problems(dataclasses.replace(args, **run.values))]
         ready = dataclasses.replace(run.args, resume=False, overwrite=True)
-        checked, failed = problems_of(check_inputs, ready, of_run, reader)
-        found.append(failed)
-    if any(found):
-        raise InputError(*of_runs(runs, found))
-    devices, _, reports = checked
-    return runs, devices, reports
+        outcomes.append(problems_of(check_inputs, ready, of_run, reader))
+    checked, failed = zip(*outcomes, strict=True)
+    if any(failed):
+        raise InputError(*of_runs(runs, failed))
+    return runs, checked
 
 
 def decided(run: SweepRun, current: Mapping[str, Any]) -> SweepRun:
@@ -4044,37 +4059,34 @@ def decided(run: SweepRun, current: Mapping[str, Any]) -> SweepRun:
     return dataclasses.replace(run, fate=fate)
 
 
-def decide(runs: Sequence[SweepRun], devices: Devices) -> list[SweepRun]:
+def decide(runs: Sequence[SweepRun], checked: Sequence[Checked]) -> list[SweepRun]:
     """The runs with what becomes of each.
 
     Raises:
         InputError: naming every folder that holds another run, or a base model that is not the same in all.
     """
-    shared = {}  # the inputs, which are large, are read once
-    for run in runs:
-        if run.args.not_used not in shared:
-            shared[run.args.not_used] = recorded_settings(run.args, devices)
-    outcomes = []
-    for run in runs:
-        recorded = shared[run.args.not_used]
-        own = {name: value for name, value in dataclasses.asdict(run.args).items() if name in recorded}
-        outcomes.append(problems_of(decided, run, recorded | own))
+    outcomes, recorded = [], {}
+    for run, (devices, pairs, _) in zip(runs, checked, strict=True):
+        shares = (run.args.not_used, *map(id, pairs.values()))  # the inputs, which may be large, are read once
+        if shares not in recorded:
+            recorded[shares] = recorded_settings(run.args, devices)
+        own = {name: value for name, value in dataclasses.asdict(run.args).items() if name in recorded[shares]}
+        outcomes.append(problems_of(decided, run, recorded[shares] | own))
     problems = [problem for _, failed in outcomes for problem in failed]
     if problems:
         raise InputError(*problems)
     runs = [run for run, _ in outcomes]
-    models = {
-        settings_in(r.args.output_path)["content"].get("the base model"): r.name for r in runs if r.fate == "keep"
-    }
+    finished = {run.name: settings_in(run.args.output_path)["content"] for run in runs if run.fate == "keep"}
+    models = {content.get("the base model"): name for name, content in finished.items()}
     if len(models) > 1:
         what = f"the base model has changed between the finished runs {' and '.join(models.values())}"
         raise InputError(f"{what}; put the old one back and remove the newer runs, or name another OUTPUT_DIR")
     return runs
 
 
-def describe_sweep(runs: Sequence[SweepRun], devices: Devices, reports: Mapping[str, DataReport]) -> str:
+def describe_sweep(runs: Sequence[SweepRun], checked: Sequence[Checked]) -> str:
     """What the sweep will do, for a person to read before it starts."""
-    plans = [plan_lines(run.args, devices, reports) for run in runs]
+    plans = [plan_lines(run.args, devices, reports) for run, (devices, _, reports) in zip(runs, checked, strict=True)]
     values = {name: dict.fromkeys(value_text(run.values[name]) for run in runs) for name in runs[0].values}
     swept = " × ".join(f"{name.upper()} ({', '.join(texts)})" for name, texts in values.items())
     lines = [line for line in plans[0] if line[0] != "notice" and all(line in plan for plan in plans)]
@@ -4124,9 +4136,12 @@ def sweep_result(run: SweepRun) -> dict[str, float]:
         raise InputError(f"{path} {what}") from None
 
 
-def half_width(share: float, pairs: int, z: float = 1.96) -> float:
-    """Half of the width of a share's 95 % interval (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
-    return z / (1 + z**2 / pairs) * math.sqrt(share * (1 - share) / pairs + (z / (2 * pairs)) ** 2)
+def wilson_interval(count: int, of: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share `count` / `of` (E. B. Wilson, J. Am. Stat. Assoc. 22 (1927), 209–212)."""
+    z = 1.959964  # 97.5 % of a standard normal variable lie below it
+    centre = (count + z**2 / 2) / (of + z**2)
+    half = z / (of + z**2) * math.sqrt(count * (of - count) / of + z**2 / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -4168,18 +4183,18 @@ def describe_results(runs: Sequence[SweepRun], failed: Mapping[str, str], pairs:
     found = {run.name: sweep_result(run) for run in runs if run.fate == "keep"}
     results = dict(sorted(found.items(), key=lambda item: (-item[1]["accuracy"], -item[1]["reward_margin"])))
     lines = [results_table(runs, results, failed), ""]
-    if results:
-        best, result = next(iter(results.items()))
-        folder = next(run.args.output_dir for run in runs if run.name == best)
-        within = half_width(result["accuracy"], pairs)
-        lines += [
-            "Held-out metrics at the end; the minutes of a resumed run are those since then.",
-            f"With {pairs} held-out pairs an accuracy is known to ± {within:.2f} (95 %): smaller differences may be chance.",
-            f"The best: {folder}",
-        ]
-    else:
-        lines.append("No run has finished.")
-    return "\n".join(lines)
+    if not results:
+        return "\n".join([*lines, "No run has finished."])
+    best, result = next(iter(results.items()))
+    low, high = wilson_interval(round(result["accuracy"] * pairs), pairs)
+    folder = next(run.args.output_dir for run in runs if run.name == best)
+    lines += [
+        f"Held-out metrics at the end, on {pairs} pairs: an accuracy is known to ± {(high - low) / 2:.2f} (95 %);",
+        "smaller differences may be chance. The minutes of a resumed run are those since it went on.",
+    ]
+    if OTHER_SCALE & runs[0].values.keys():
+        lines.append("Rewards grow with β and the loss is another for each β, α and LOSS_TYPE: compare accuracies.")
+    return "\n".join([*lines, f"The best: {folder}"])
 
 
 def show_results(runs: Sequence[SweepRun], failed: Mapping[str, str], pairs: int) -> None:
@@ -4242,15 +4257,15 @@ def sweep(args: ScriptArguments, lists: Mapping[str, Sequence[Any]], problems: S
     Raises:
         InputError: some run cannot be trained, or its folder holds another one.
     """
-    runs, devices, reports = check_sweep(args, lists, problems)
-    runs = decide(runs, devices)
+    runs, checked = check_sweep(args, lists, problems)
+    runs, (devices, _, reports) = decide(runs, checked), checked[0]
     if args.sweep_table:
         show_results(runs, dict(word.rsplit(":", 1) for word in args.sweep_failed.split()), reports["test"].usable)
         return
     for run in runs:
         if run.fate != "keep":
             check_locks(run.args)
-    print(describe_sweep(runs, devices, reports), file=sys.stderr)
+    print(describe_sweep(runs, checked), file=sys.stderr)
     with writing(Path(tempfile.gettempdir())):
         print(sweep_settings(runs, devices), flush=True)
 
