@@ -3506,22 +3506,22 @@ def interrupted_settings(args: ScriptArguments) -> dict[str, Any]:
         ) from None
 
 
-def differences(recorded: Mapping[str, Any], current: Mapping[str, Any], run: str) -> list[tuple[str, str]]:
+def differences(recorded: Mapping[str, Any], current: Mapping[str, Any], state: str) -> list[tuple[str, str]]:
     """What sets the run that was recorded apart from this one, and how to undo it.
 
     Args:
         recorded, current: what `recorded_settings` gave then and gives now.
-        run: what the recorded run is called.
+        state: "interrupted" or "finished", as the recorded run is.
     """
     current = json.loads(json.dumps(current))
     before, now = recorded["content"], current.pop("content")
     changed = [
-        (f"the {run} had {name.upper()} {recorded[name]!r}, not {value!r}", "set it back")
+        (f"the {state} run had {name.upper()} {recorded[name]!r}, not {value!r}", "set it back")
         for name, value in current.items()
         if recorded.get(name, value) != value
     ]
     changed += [
-        (f"{what} has changed since the {run}", "put the old content back")
+        (f"{what} has changed since the run was {state}", "put the old content back")
         for what, digest in now.items()
         if before.get(what, digest) != digest
     ]
@@ -3530,7 +3530,7 @@ def differences(recorded: Mapping[str, Any], current: Mapping[str, Any], run: st
 
 def require_same_settings(args: ScriptArguments, current: Mapping[str, Any]) -> None:
     """Raises InputError where the settings, or the content of an input, differ from those of the interrupted run."""
-    changed = differences(interrupted_settings(args), current, "interrupted run")
+    changed = differences(interrupted_settings(args), current, "interrupted")
     if changed:
         raise InputError(
             *(
@@ -3911,7 +3911,9 @@ def unused_path(folder: Path, name: str) -> Path:
 MAX_SWEEP_RUNS, MAX_RUN_NAME = 1000, 200
 SWEEP_METRICS = ("accuracy", "reward_margin", "loss", "pref_advantage_ratio")
 OTHER_SCALE = {"preset", "beta", "alpha", "loss_type", "label_smoothing"}  # on which reward margin and loss depend
-FATES = {"finished": "keep", "unfinished": "resume"}  # of a run with the same settings and data
+# what `run_state` finds → what becomes of a run with the same settings and data, and how it is called
+FATES = {"finished": "keep", "unfinished": "resume"}
+STATES = {"finished": "finished", "unfinished": "interrupted"}
 Checked = tuple[Devices, dict[str, list[Pair]], dict[str, DataReport]]  # what `check_inputs` gives
 
 
@@ -4047,7 +4049,7 @@ def decided(run: SweepRun, current: Mapping[str, Any]) -> SweepRun:
     if state == "nothing":
         return run
     try:
-        changed = [what for what, _ in differences(settings_in(folder), current, f"{state} run")]
+        changed = [what for what, _ in differences(settings_in(folder), current, STATES[state])]
     except ValueError as error:
         changed = [str(error)]
     if changed and not overwrite:

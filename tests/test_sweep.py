@@ -263,7 +263,7 @@ def test_folders_with_other_settings_or_data_are_all_named_and_only_replaced_whe
         T.main([*swept, "--plan", "true"])
     words = [
         "the finished run had LEARNING_RATE 0.25, not 0.0005",
-        "the train data has changed since the unfinished run",
+        "the train data has changed since the run was interrupted",
         "run_settings.json in it is damaged",
     ]
     assert len(caught.value.problems) == 3
