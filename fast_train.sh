@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Preference-guided DPO: edit the variables below, run ./fast_train.sh, watch TensorBoard.
 # Every variable can also be set in the environment: BETA=0.1 ./fast_train.sh
+# Lists are a sweep, one run for each combination: BETA="0.01 0.05 0.1" ALPHA="0.1 0.2" ./fast_train.sh
 # ./fast_train.sh --help explains them; further flags are passed on to train_with_preference_prompt.py.
 # ./fast_train.sh --evaluate_only scores the adapter in ADAPTER_PATH on TEST_DATASET_PATH and trains nothing.
 set -euo pipefail
@@ -63,7 +64,7 @@ MASTER_ADDR="${MASTER_ADDR:-}"
 LOAD_IN_4BIT="${LOAD_IN_4BIT:-false}"
 ADAPTER_PATH="${ADAPTER_PATH:-}"                        # folder of a LoRA adapter to continue from
 ADAPTER_REFERENCE="${ADAPTER_REFERENCE:-}"              # its DPO reference: base (adapter off) · adapter (as it is at the start)
-PRESET="${PRESET:-}"
+PRESET="${PRESET:-}"                                    # sets BETA and ALPHA: conservative · balanced · aggressive
 
 # ---- end of the edit block --------------------------------------------------------------------------------------
 
@@ -84,10 +85,11 @@ fail() { say "error: $*"; exit 2; }
 
 # What must not outlive this start: the plan's file, and DeepSpeed's shared memory where a rank was killed.
 PLAN="" MASTER_PORT=""
-clean_up() { rm -f ${PLAN:+"$PLAN"} ${MASTER_PORT:+/dev/shm/deepspeed_allreduce_buffer_"$UID"_*_"$MASTER_PORT"_*}; }
+free_memory() { rm -f ${MASTER_PORT:+/dev/shm/deepspeed_allreduce_buffer_"$UID"_*_"$MASTER_PORT"_*}; }
+clean_up() { rm -f ${PLAN:+"$PLAN"}; free_memory; }
 trap clean_up EXIT
 
-SIGNAL="" STATUS="" GROUP="" START="" OUTPUT=""
+SIGNAL="" STATUS="" GROUP="" START="" OUTPUT="" SWEEP="" RUNS=()
 trap 'stop HUP 129' HUP
 trap 'stop INT 130' INT
 trap 'stop TERM 143' TERM
@@ -127,6 +129,10 @@ run() {
 
 # What to do next, where this start has begun a run in the output folder.
 how_to_go_on() {
+  if [[ -n "$SWEEP" ]]; then
+    [[ -z "$SIGNAL" ]] || printf '; the same command continues the sweep'
+    return 0
+  fi
   [[ -z "$START" || -z "$(find "$OUTPUT/run_settings.json" -newermt "@$START" 2>/dev/null)" ]] ||
     printf '; RESUME=true continues it'
 }
@@ -149,20 +155,26 @@ except (ImportError, PackageNotFoundError):
 PYTHON
 }
 
+# Sets SYSTEM to the Python that there is, the active environment's if one is active.
+find_python() {
+  local found
+  found="$(command -v python3 || command -v python)" || fail "no python3 was found; install Python 3.10 or newer"
+  SYSTEM="$("$found" -c 'import sys; print(sys.executable)')" || fail "$found does not run; install Python 3.10 or newer"
+  "$SYSTEM" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$SYSTEM is too old; Python 3.10 or newer is needed"
+}
+
 # Sets PYTHON to an interpreter that has the packages: the active environment's, else that of .venv, made if need be.
 set_up_python() {
-  local requirements="$PROJECT/requirements.txt" bundled="$PROJECT/requirements-bundled.txt" found system needed
+  local requirements="$PROJECT/requirements.txt" bundled="$PROJECT/requirements-bundled.txt" needed
   needed=("$requirements")
   if [[ -z "$POLICY_MODEL_PATH" ]]; then needed+=("$bundled"); fi
-  found="$(command -v python3 || command -v python)" || fail "no python3 was found; install Python 3.10 or newer"
-  system="$("$found" -c 'import sys; print(sys.executable)')" || fail "$found does not run; install Python 3.10 or newer"
-  "$system" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$system is too old; Python 3.10 or newer is needed"
-  PYTHON="$system"
+  find_python
+  PYTHON="$SYSTEM"
   if satisfies "$PYTHON" - "${needed[@]}"; then return; fi
   PYTHON="$PROJECT/.venv/bin/python"
   if ! satisfies "$PYTHON" - "$requirements"; then
     say "setting up $PROJECT/.venv from requirements.txt (once, about 2 minutes)"
-    run "$system" -m venv "$PROJECT/.venv" || fail "python3 -m venv failed; install your system's python3-venv package"
+    run "$SYSTEM" -m venv "$PROJECT/.venv" || fail "python3 -m venv failed; install your system's python3-venv package"
     run "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || fail "pip could not install requirements.txt"
   fi
   if ! satisfies "$PYTHON" - "${needed[@]}"; then
@@ -191,6 +203,135 @@ evaluates() {
   [[ "$words" =~ \ --evaluate_only[\ =] && ! "$words" =~ \ --evaluate_only[\ =](false|no|f|n|0)\  ]]
 }
 
+# Has Python check everything that these flags ask for and print the plan; keeps what it says is needed to start.
+plan() {
+  local line name value
+  say "checking settings, files and data"
+  run "$PYTHON" "$SCRIPT" "$@" --plan true >"$PLAN" || exit
+  ENVIRONMENT=()
+  while IFS= read -r line; do
+    name="${line%%=*}" value="${line#*=}"
+    case "$name" in
+      INCLUDE) INCLUDE="$value" ;;
+      MASTER_PORT) MASTER_PORT="$value" ;;
+      DEVICE) DEVICE="$value" ;;
+      OUTPUT) OUTPUT="$value" ;;
+      LOGS) LOGS="$value" ;;
+      SWEEP) SWEEP="$value" ;;  # lists among the flags: how many runs they make
+      RUN) RUNS+=("$value") ;;  # and each that is to be trained: its name and flags, separated by tabs
+      *) ENVIRONMENT+=("$name=$value") ;;
+    esac
+  done <"$PLAN"
+  # PyTorch reads PYTORCH_ALLOC_CONF, older ones PYTORCH_CUDA_ALLOC_CONF: segments that grow waste less GPU memory.
+  ENVIRONMENT+=("PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}" "TOKENIZERS_PARALLELISM=false")
+}
+
+# Trains with these flags as the plan said; returns the status of the ranks, 0 only where the run is finished.
+train() {
+  local code=0 command
+  if [[ "$DEVICE" == cpu ]]; then check_compiler; fi
+  command=(env "${ENVIRONMENT[@]}" "$SCRIPTS/deepspeed" "--include=$INCLUDE" "--master_port=$MASTER_PORT" --no_local_rank
+    --log_level=error "$SCRIPT" "$@")
+  say "command:"
+  say "  $(printf '%q ' "${command[@]}")"
+  if "$DRY_RUN"; then return 0; fi
+  START="$(date +%s)"
+  run "${command[@]}" || code=$?
+  free_memory
+  # DeepSpeed's launcher returns 0 even when it was killed: only a new model card, written last, proves the end.
+  if ((code == 0)) && [[ -z "$(find "$OUTPUT/README.md" -newermt "@$START" 2>/dev/null)" ]]; then
+    say "training ended without finishing $OUTPUT$(how_to_go_on)"
+    return 1
+  fi
+  ((code == 0 || code == 2)) || say "training stopped with exit status $code$(how_to_go_on)"  # 2: no run has begun
+  return "$code"
+}
+
+# Trains each run of the plan, one after another, and prints the table of all; ends with status 1 where one failed.
+sweep() {
+  local logs="$LOGS" line words names flag flags number=0 code failed=()
+  for line in "${RUNS[@]}"; do
+    IFS=$'\t' read -ra words <<<"$line"  # the run's name, then its flags, which stand in the place of the sweep's
+    names=" ${words[*]%%=*} " flags=()
+    for flag in "${FLAGS[@]}"; do [[ "$names" == *" ${flag%%=*} "* ]] || flags+=("$flag"); done
+    flags+=("$@" "${words[@]:1}")
+    say "run $((++number)) of ${#RUNS[@]}: ${words[0]}"
+    "$DRY_RUN" || plan "${flags[@]}"
+    code=0
+    train "${flags[@]}" || code=$?
+    ((code != 2)) || { say "the sweep stops: this run was refused"; exit 2; }
+    ((code == 0)) || failed+=("${words[0]}:$code")
+  done
+  LOGS="$logs"
+  if "$DRY_RUN"; then return 0; fi
+  run "$PYTHON" "$SCRIPT" "${FLAGS[@]}" "$@" --sweep_table true "--sweep_failed=${failed[*]}" || exit
+  ((${#failed[@]} == 0)) || { say "${#failed[@]} of $SWEEP runs failed: ${failed[*]%:*}"; exit 1; }
+}
+
+# Prints every setting with its default and what it is, as this file's edit block and the module's fields have them.
+show_help() {
+  find_python
+  PYTHONUTF8=1 "$SYSTEM" - "${BASH_SOURCE[0]}" "$SCRIPT" <<'PYTHON'
+import ast
+import re
+import shutil
+import sys
+import textwrap
+
+launcher, module = (open(path, encoding="utf-8").read() for path in sys.argv[1:])
+block = launcher.split("# ---- end of the edit block")[0]
+preference = re.search(r'^DEFAULT_PREFERENCE="(.*)"$', block, re.M)[1]
+module = ast.parse(module)
+constants = {t.id: node.value for node in module.body if isinstance(node, ast.Assign) for t in node.targets if hasattr(t, "id")}
+settings = next(node for node in module.body if getattr(node, "name", "") == "ScriptArguments").body
+fields = {line.target.id: [ast.literal_eval(x) for x in line.value.args] for line in settings if hasattr(line, "target")}
+only = zip(constants["ONLY"].keys, constants["ONLY"].values)
+names = set(fields)
+reserved = {key.value: accepted.elts[1].value for key, accepted in only if len(accepted.elts[0].elts) == 1}
+lists = [node.value.upper() for node in ast.walk(constants["SWEPT"]) if isinstance(node, ast.Constant)]
+width = max(60, min(100, shutil.get_terminal_size((100, 24)).columns))
+
+
+def wrapped(text, indent):
+    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
+
+
+def described(name, default, comment):
+    field = name.lower().lstrip("-")
+    text = fields.pop(field, ("", comment))[1]
+    if field in reserved:
+        text = f"Reserved: {reserved[field]}."
+    text = re.sub(r"\b[a-z]+_\w+\b", lambda word: word[0].upper() if word[0] in names else word[0], text)
+    quote = '"' if " " in default else ""
+    return f"  {name}={quote}{default}{quote}\n{wrapped(text, ' ' * 6)}"
+
+
+lines = [
+    "Preference-guided DPO: trains a language model on pairs of answers and on a preference stated in words.",
+    "",
+    "Set variables by editing the top of fast_train.sh or in the environment, then run it:",
+    "",
+    "  ./fast_train.sh                                       the bundled model and data",
+    "  TRAIN_DATASET_PATH=pairs.jsonl TEST_DATASET_PATH=held_out.jsonl ./fast_train.sh",
+    "  DRY_RUN=1 ./fast_train.sh                             check everything, show the plan, stop",
+    "  RESUME=true ./fast_train.sh                           continue an interrupted run",
+    '  BETA="0.01 0.05 0.1" ALPHA="0.1 0.2" ./fast_train.sh  a sweep: one run for each combination',
+    "",
+    wrapped("Each variable is a flag as well: BETA=0.1 is --beta 0.1. A list, separated by spaces, may stand in", ""),
+    wrapped(", ".join(lists) + ".", ""),
+]
+for line in block.splitlines():
+    if heading := re.match(r"# -+ (.*?) -+$", line):
+        lines += ["", heading[1][0].upper() + heading[1][1:]]
+    if variable := re.match(r'(\w+)="\$\{\1:?-(.*?)\}"\s*(?:# (.*))?$', line):
+        lines.append(described(variable[1], variable[2].replace("$DEFAULT_PREFERENCE", preference), variable[3]))
+lines += ["", "Flags without a variable: ./fast_train.sh --weight_decay 0.01"]
+own = ast.literal_eval(constants["LAUNCHERS_OWN"])
+lines += [described(f"--{name}", str(value[0]), "") for name, value in list(fields.items()) if name not in own]
+print("\n".join(lines))
+PYTHON
+}
+
 cd . 2>/dev/null || fail "the working folder is gone; change to another one"
 case "${DRY_RUN,,}" in
   0 | false | no | off | "") DRY_RUN=false ;;
@@ -200,8 +341,9 @@ esac
 for argument in "$@"; do
   case "$argument" in
     --setup) set_up_python; printf '%s\n' "$PYTHON"; exit 0 ;;  # sets up and says which Python; tests/run.sh asks for this
-    -h | --help) set_up_python; exec "$PYTHON" "$SCRIPT" --help ;;
+    -h | --help) show_help; exit 0 ;;
     --plan | --plan=*) fail "$argument: set DRY_RUN=1 to see the plan" ;;
+    --sweep_*) fail "$argument: a list makes a sweep, such as BETA=\"0.05 0.1\"; this flag is the launcher's own" ;;
   esac
 done
 set_up_python
@@ -210,43 +352,15 @@ FLAGS=()
 flags "${GUIDANCE[@]}" "${MODEL[@]}" "${DATA[@]}" "${OPTIMISATION[@]}" "${RUN[@]}" "${DEVICES[@]}"
 if evaluates "$@"; then exec "$PYTHON" "$SCRIPT" "${FLAGS[@]}" "$@" --plan "$DRY_RUN"; fi
 
-say "checking settings, files and data"
 PLAN="$(mktemp)" || fail "no temporary file can be made in ${TMPDIR:-/tmp}: make room there, or name another folder in TMPDIR"
-run "$PYTHON" "$SCRIPT" "${FLAGS[@]}" "$@" --plan true >"$PLAN" || exit
-ENVIRONMENT=()
-while IFS= read -r line; do
-  name="${line%%=*}" value="${line#*=}"
-  case "$name" in
-    INCLUDE) INCLUDE="$value" ;;
-    MASTER_PORT) MASTER_PORT="$value" ;;
-    DEVICE) DEVICE="$value" ;;
-    OUTPUT) OUTPUT="$value" ;;
-    LOGS) LOGS="$value" ;;
-    *) ENVIRONMENT+=("$name=$value") ;;
-  esac
-done <"$PLAN"
-# PyTorch reads PYTORCH_ALLOC_CONF, older ones PYTORCH_CUDA_ALLOC_CONF: segments that grow waste less GPU memory.
-ENVIRONMENT+=("PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}" "TOKENIZERS_PARALLELISM=false")
-
-if [[ "$DEVICE" == cpu ]]; then check_compiler; fi
-
 SCRIPTS="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
-COMMAND=("$SCRIPTS/deepspeed" "--include=$INCLUDE" "--master_port=$MASTER_PORT" --no_local_rank --log_level=error
-  "$SCRIPT" "${FLAGS[@]}" "$@")
-say "command:"
-say "  $(printf '%q ' env "${ENVIRONMENT[@]}" "${COMMAND[@]}")"
-if "$DRY_RUN"; then say "DRY_RUN: stopped before training"; exit 0; fi
-
-START="$(date +%s)" CODE=0
-run env "${ENVIRONMENT[@]}" "${COMMAND[@]}" || CODE=$?
-if [[ "$CODE" == 2 ]]; then exit 2; fi  # refused: no run has begun
-[[ "$CODE" == 0 ]] || { say "training stopped with exit status $CODE$(how_to_go_on)"; exit "$CODE"; }
-# DeepSpeed's launcher returns 0 even when it was killed: only a new model card, written last, proves the end.
-if [[ -z "$(find "$OUTPUT/README.md" -newermt "@$START" 2>/dev/null)" ]]; then
-  say "training ended without finishing $OUTPUT$(how_to_go_on)"
-  exit 1
+plan "${FLAGS[@]}" "$@"
+if [[ -n "$SWEEP" ]]; then
+  sweep "$@"
+else
+  train "${FLAGS[@]}" "$@" || exit
+  "$DRY_RUN" || say "the trained model is in $OUTPUT (its README.md says how to use it)"
 fi
-
-say "the trained model is in $OUTPUT (its README.md says how to use it)"
+if "$DRY_RUN"; then say "DRY_RUN: stopped before training"; exit 0; fi
 say "to see the curves: $SCRIPTS/tensorboard --logdir $(printf '%q' "$LOGS")"
 say "then open http://localhost:6006/#custom_scalars"

@@ -60,6 +60,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import quote
 
 import jinja2
 import pyarrow as pa
@@ -319,7 +320,10 @@ class ScriptArguments:
     # --- optimisation
     learning_rate: float = setting(5e-4, "Peak learning rate of the LoRA matrices (AdamW).")
     ptuning_learning_rate: float = setting(3e-2, "Peak learning rate of the soft prompt in ptuning mode (AdamW).")
-    lr_scheduler_type: str = setting("linear", "Any schedule name that transformers knows: linear, cosine, constant, …")
+    lr_scheduler_type: str = setting(
+        "linear",
+        "The schedule: linear, cosine, cosine_with_restarts, constant, constant_with_warmup or inverse_sqrt.",
+    )
     warmup_ratio: float = setting(0.0, "Share of the updates over which the learning rate rises from 0.")
     weight_decay: float = setting(0.0, "AdamW's weight decay.")
     max_grad_norm: float = setting(1.0, "The gradient of an update is scaled down to this norm.")
@@ -346,13 +350,15 @@ class ScriptArguments:
     hostfile: str = setting("", "DeepSpeed hostfile for several nodes.")
     node_rank: str = setting("", "This node's number when each node starts its own launcher.")
     master_addr: str = setting("", "Address of the first node.")
-    preset: str = setting("", "A named set of β and α.")
+    preset: str = setting("", "Sets β and α: conservative (0.01, 0.05), balanced (0.05, 0.1), aggressive (0.1, 0.2).")
     plan: bool = setting(False, "Check everything, print the plan and the devices, and stop.")
     # --- instead of training
     evaluate_only: bool = setting(
         False, "Score the test data with the adapter in adapter_path (empty: with the model alone), and train nothing."
     )
     evaluation_file: str = setting("", "JSON file, not there yet, for what evaluate_only found.")
+    sweep_table: bool = setting(False, "Print the table of a sweep's results, and stop.")
+    sweep_failed: str = setting("", "The sweep's runs that failed, for the table: NAME:STATUS, separated by spaces.")
 
     @property
     def forwards_per_update(self) -> int:
@@ -373,7 +379,7 @@ class ScriptArguments:
             return NOT_USED["evaluation"] + of_text + of_data + (() if self.adapter_path else ("beta",))
         random_start = self.trains_prefix and self.prompt_init == "random"
         of_adapter = LORA_SHAPE if self.adapter_path and not self.trains_prefix else ()
-        return NOT_USED[self.training_mode] + (("preference_text",) if random_start else ()) + of_adapter
+        return NOT_USED.get(self.training_mode, ()) + (("preference_text",) if random_start else ()) + of_adapter
 
     @property
     def soft_prompt_setting(self) -> str:
@@ -459,6 +465,15 @@ def source_problems(args: ScriptArguments) -> list[str]:
     return problems
 
 
+LAUNCHERS_OWN = ("plan", "sweep_table", "sweep_failed")  # flags that fast_train.sh adds; they change no run
+
+# PRESET → the settings that it stands for
+PRESETS = {
+    "conservative": {"beta": 0.01, "alpha": 0.05},
+    "balanced": {"beta": 0.05, "alpha": 0.1},
+    "aggressive": {"beta": 0.1, "alpha": 0.2},
+}
+
 # Settings with few values: field → (accepted values, why no other).
 ONLY = {
     "training_mode": (("text", "embedding", "ptuning"), "there is no such mode"),
@@ -473,7 +488,7 @@ ONLY = {
     "hostfile": (("",), "training on several nodes is not available in this version"),
     "node_rank": (("",), "training on several nodes is not available in this version"),
     "master_addr": (("",), "training on several nodes is not available in this version"),
-    "preset": (("",), "presets are not available in this version; set BETA and ALPHA"),
+    "preset": (("", *PRESETS), "there is no such preset"),
 }
 
 # Settings that a mode does not use; the plan names those that were set all the same.
@@ -532,6 +547,22 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+# field → (the usual range, what tends to happen below it, and above); to leave it is announced, not refused
+RANGES = {
+    "beta": (0.01, 0.5, "the policy may drift far from the reference", "the policy stays close to the reference"),
+    "alpha": (0.05, 0.2, "the prefix hardly guides: nearly plain DPO", "the prefix may outweigh the pairs"),
+    "learning_rate": (1e-5, 1e-3, "LoRA needs very many updates to learn", "the loss may jump or stop being finite"),
+    "lora_dropout": (0.05, 0.1, "a small data set may be learnt by heart", "the adapter learns more slowly"),
+}
+
+# Settings of which fast_train.sh takes a list, in the order in which a sweep names them.
+SWEPT = (
+    *("preset", "beta", "alpha", "loss_type", "label_smoothing", "learning_rate", "ptuning_learning_rate"),
+    *("lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "num_epochs", "gradient_accum_steps"),
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "max_length", "max_prompt_length"),
+    *("num_virtual_tokens", "prompt_init", "precision", "seed"),
+)
+
 # Settings that name a file or a folder.
 PATHS = (
     "prompt_embedding_path",
@@ -553,14 +584,32 @@ class FlagParser(HfArgumentParser):
     def __init__(self):
         super().__init__(ScriptArguments, allow_abbrev=False)
         self.problems: list[str] = []
+        self.lists: dict[str, list[Any]] = {}  # swept setting → its values
 
     def _get_value(self, action, arg_string):
-        try:
-            return super()._get_value(action, arg_string)
-        except ArgumentError:
-            kind = {int: "a whole number", float: "a number"}.get(action.type, "true or false")
-            self.problems.append(f"{describe(action.dest, arg_string)}: must be {kind}")
+        self.lists.pop(action.dest, None)  # the last flag of a name counts
+        words, values, unread = [arg_string], [], []
+        if action.dest in SWEPT and len(list_words(arg_string)) > 1:
+            words = list_words(arg_string)
+        for word in words:
+            try:
+                values.append(super()._get_value(action, word))
+            except ArgumentError:
+                unread.append(word)
+        if unread:
+            self.problems.append(f"{describe(action.dest, arg_string)}: {self.rule(action, words, unread)}")
             return action.default
+        if len(values) > 1:
+            self.lists[action.dest] = values
+        return values[0]
+
+    def rule(self, action, words: Sequence[str], unread: Sequence[str]) -> str:
+        """What the words of a value must be, of which some could not be read."""
+        kind = {int: "a whole number", float: "a number"}.get(action.type, "true or false")
+        if len(words) > 1:
+            return f"each must be {kind}, unlike {shortened(', '.join(map(repr, unread)))}"
+        commas = "," in words[0] and action.dest in SWEPT
+        return f"must be {kind}" + ("; separate the values of a sweep by spaces" if commas else "")
 
     def error(self, message):
         raise InputError(*self.problems, message)
@@ -574,6 +623,11 @@ class FlagParser(HfArgumentParser):
             hint = f"did you mean --{nearest[0]}?" if nearest else "--help lists all flags"
             problems.append(f"{flag!r} is not a flag of this program nor the value of one; {hint}")
         return problems
+
+
+def list_words(text: str) -> list[str]:
+    """The values of a list; white space beside a comma does not separate them."""
+    return re.sub(r"\s*,\s*", ",", text).split()
 
 
 def describe(name: str, value: Any) -> str:
@@ -685,11 +739,44 @@ def argument_problems(args: ScriptArguments) -> list[str]:
         )
     if args.resume and args.overwrite and not args.evaluate_only:
         problems.append(f"{describe('resume', True)}, and so is OVERWRITE: set one of them to false")
-    return problems
+    return problems + preset_problems(args)
 
 
-def read_arguments(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, list[str]]:
-    """The settings of a command line, and every unknown flag, value of a wrong type and value out of range.
+def preset_values(args: ScriptArguments) -> dict[str, float]:
+    """What PRESET sets, as far as the mode uses it."""
+    return {name: value for name, value in PRESETS.get(args.preset, {}).items() if name not in args.not_used}
+
+
+def preset_problems(args: ScriptArguments) -> list[str]:
+    """Settings with values of their own that PRESET would replace."""
+    return [
+        f"{describe(name, own)}, but PRESET={args.preset} stands for {name.upper()}={value:g}; "
+        f"leave {name.upper()} at {default:g}, or empty PRESET"
+        for name, value in preset_values(args).items()
+        if (own := getattr(args, name)) not in (value, default := getattr(ScriptArguments, name))
+    ]
+
+
+def with_preset(args: ScriptArguments) -> ScriptArguments:
+    """The settings with the values of PRESET in their places."""
+    return dataclasses.replace(args, **preset_values(args))
+
+
+def range_notices(args: ScriptArguments) -> list[str]:
+    """One sentence for each setting that has left its usual range."""
+    notices = []
+    for name, (low, high, below, above) in RANGES.items():
+        value = getattr(args, name)
+        plain_dpo = name == "alpha" and value == 0  # meant so
+        if name in args.not_used or plain_dpo or low <= value <= high:
+            continue
+        side, effect = ("below", below) if value < low else ("above", above)
+        notices.append(f"{name.upper()} {value:g} is {side} the usual {low:g} to {high:g}: {effect}")
+    return notices
+
+
+def read_flags(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, dict[str, list[Any]], list[str]]:
+    """The settings of a command line, the lists among them, and every unknown flag and value of a wrong type.
 
     Raises:
         InputError: the command line cannot be read.
@@ -697,7 +784,22 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, 
     parser = FlagParser()
     args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     rest = [word for word in rest if not word.startswith("--local_rank=")]  # passed by the DeepSpeed launcher
-    return args, parser.problems + parser.unknown(rest) + argument_problems(args)
+    lists = {name: parser.lists[name] for name in SWEPT if name in parser.lists}
+    return args, lists, parser.problems + parser.unknown(rest)
+
+
+def read_arguments(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, list[str]]:
+    """The settings of one run, and everything that is wrong with them; PRESET has put in its values.
+
+    Raises:
+        InputError: the command line cannot be read.
+    """
+    args, lists, problems = read_flags(argv)
+    for name, values in lists.items():
+        problems.append(f"{describe(name, values)}: a list is a sweep, which ./fast_train.sh trains; name one value")
+    if args.sweep_table and not lists:
+        problems.append(f"{describe('sweep_table', True)}: no setting is a list, so there is no sweep; leave it out")
+    return with_preset(args), problems + argument_problems(args)
 
 
 # ======================================================================================================================
@@ -1450,8 +1552,13 @@ def read_pairs(name: Path | str, split: str = "train", data_format: str = "auto"
     return pairs, report
 
 
-def read_split(args: ScriptArguments, split: str) -> tuple[list[list[Pair]], DataReport]:
+def read_split(
+    args: ScriptArguments, split: str, reader: Callable[..., tuple[list[Pair], DataReport]] = read_pairs
+) -> tuple[list[list[Pair]], DataReport]:
     """The pairs of each source of the training or the test set.
+
+    Args:
+        reader: `read_pairs`, or what remembers what that gave.
 
     Raises:
         InputError: listing the problems of all sources.
@@ -1459,7 +1566,7 @@ def read_split(args: ScriptArguments, split: str) -> tuple[list[list[Pair]], Dat
     parts, reports, problems = [], [], []
     for source in args.sources[split]:
         try:
-            pairs, report = read_pairs(source.name, split, args.data_format)
+            pairs, report = reader(source.name, split, args.data_format)
         except InputError as error:
             problems += error.problems
         else:
@@ -1468,7 +1575,7 @@ def read_split(args: ScriptArguments, split: str) -> tuple[list[list[Pair]], Dat
     if problems:
         raise InputError(*problems)
     if len(reports) == 1:
-        return parts, reports[0]
+        return parts, copy.deepcopy(reports[0])
     whole = DataReport(getattr(args, f"{split}_dataset_path"))
     for report in reports:
         whole.add(report)
@@ -4814,7 +4921,7 @@ def model_card(trainer: PreferenceGuidedDPOTrainer, base_path: str, reports: Map
     data = ((split, r.path, r.rows, r.usable, r.describe_dropped()) for split, r in reports.items())
     held_out = (tags[1] for tags in TAGS.values() if tags[1] in first and tags[1] in last)
     metrics = ((tag, f"{first[tag]:.4f}", f"{last[tag]:.4f}") for tag in held_out)
-    of_start = ("plan", "resume", "overwrite", "evaluate_only", *args.not_used)
+    of_start = (*LAUNCHERS_OWN, "resume", "overwrite", "evaluate_only", *args.not_used)
     settings = [(n, v) for n, v in dataclasses.asdict(args).items() if n not in of_start and v != ""]
     if trainer.soft_prompt is not None:
         settings.append(("embeddings of the soft prompt", trainer.soft_prompt.num_embeddings))
@@ -4942,7 +5049,8 @@ def run_state(output_dir: Path) -> str:
 def recorded_settings(args: ScriptArguments, devices: Devices, pairs: Mapping[str, Sequence[Pair]]) -> dict[str, Any]:
     """What a resumed run must share with the interrupted one: settings, ranks, and the data's content."""
     free = (
-        "plan",
+        *LAUNCHERS_OWN,
+        "preset",  # β and α hold what it set
         "resume",
         "overwrite",
         "output_dir",
@@ -4970,43 +5078,67 @@ def recorded_settings(args: ScriptArguments, devices: Devices, pairs: Mapping[st
     return settings | {"ranks": devices.ranks, "device": "gpu" if devices.on_gpu else "cpu", "content": digests}
 
 
+def settings_in(folder: Path) -> dict[str, Any]:
+    """What `recorded_settings` gave when the run in the folder began.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        recorded = json.loads((folder / RUN_SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{RUN_SETTINGS} in it is damaged ({error})") from None
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("content"), dict):
+        raise ValueError(f"{RUN_SETTINGS} in it is damaged (it holds no settings of a run)")
+    return recorded
+
+
 def interrupted_settings(args: ScriptArguments) -> dict[str, Any]:
     """What `recorded_settings` gave when the run in the output folder began.
 
     Raises:
         InputError: it cannot be read.
     """
-    path = args.output_path / RUN_SETTINGS
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(recorded, dict) and isinstance(recorded.get("content"), dict):
-            return recorded
-        reason = "it holds no settings of a run"
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error)
-    raise InputError(
-        f"{describe('output_dir', args.output_dir)}: RESUME is true, but {RUN_SETTINGS} in it is damaged ({reason}); "
-        "set RESUME=false and OVERWRITE=true to start anew"
-    )
+        return settings_in(args.output_path)
+    except ValueError as error:
+        raise InputError(
+            f"{describe('output_dir', args.output_dir)}: RESUME is true, but {error}; "
+            "set RESUME=false and OVERWRITE=true to start anew"
+        ) from None
 
 
-def require_same_settings(args: ScriptArguments, current: Mapping[str, Any]) -> None:
-    """Raises InputError where the settings, or the content of an input, differ from those of the interrupted run."""
-    recorded, current = interrupted_settings(args), json.loads(json.dumps(current))
+def differences(recorded: Mapping[str, Any], current: Mapping[str, Any], state: str) -> list[tuple[str, str]]:
+    """What sets the run that was recorded apart from this one, and how to undo it.
+
+    Args:
+        recorded, current: what `recorded_settings` gave then and gives now.
+        state: "interrupted" or "finished", as the recorded run is.
+    """
+    current = json.loads(json.dumps(current))
     before, now = recorded["content"], current.pop("content")
     changed = [
-        f"the interrupted run had {name.upper()} {recorded[name]!r}, not {value!r}; set it back"
+        (f"the {state} run had {name.upper()} {recorded[name]!r}, not {value!r}", "set it back")
         for name, value in current.items()
         if recorded.get(name, value) != value
     ]
     changed += [
-        f"{what} has changed since the run was interrupted; put the old content back"
+        (f"{what} has changed since the run was {state}", "put the old content back")
         for what, digest in now.items()
         if before.get(what, digest) != digest
     ]
+    return changed
+
+
+def require_same_settings(args: ScriptArguments, current: Mapping[str, Any]) -> None:
+    """Raises InputError where the settings, or the content of an input, differ from those of the interrupted run."""
+    changed = differences(interrupted_settings(args), current, "interrupted")
     if changed:
         raise InputError(
-            *(f"RESUME is true, but {what}, or OVERWRITE=true and RESUME=false to start anew" for what in changed)
+            *(
+                f"RESUME is true, but {what}; {remedy}, or OVERWRITE=true and RESUME=false to start anew"
+                for what, remedy in changed
+            )
         )
 
 
@@ -5223,12 +5355,13 @@ def soft_prompt_size(args: ScriptArguments) -> int | None:
 
 
 def check_inputs(
-    args: ScriptArguments, problems: Sequence[str] = ()
+    args: ScriptArguments, problems: Sequence[str] = (), reader: Callable[..., Any] = read_pairs
 ) -> tuple[Devices, dict[str, list[Pair]], dict[str, DataReport]]:
     """Everything that can be known before anything is loaded or written.
 
     Args:
         problems: those of the arguments; what they concern is not looked at any further.
+        reader: reads the data; the runs of a sweep share one that reads them once.
 
     Raises:
         InputError: listing all problems of arguments, devices, files, model and data together.
@@ -5267,7 +5400,7 @@ def check_inputs(
         {"gpu_nodes", "cpu_ranks"}, lambda: resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus())
     )
     splits = [] if "data_format" in wrong else args.sources
-    read = {split: check({f"{split}_dataset_path"}, read_split, args, split) for split in splits}
+    read = {split: check({f"{split}_dataset_path"}, read_split, args, split, reader) for split in splits}
     divided = check({"test_share"}, divide, args, read) if read and all(read.values()) else None
     if args.training_mode == "embedding" or (args.trains_prefix and not problems):
         check({args.soft_prompt_setting, "policy_model_path"}, soft_prompt_size, args)
@@ -5302,8 +5435,8 @@ def describe_data(args: ScriptArguments, reports: Mapping[str, DataReport]) -> d
     return {name: text for name, text in lines.items() if text}
 
 
-def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str, DataReport]) -> str:
-    """What the run will do, for a person to read before it starts."""
+def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, DataReport]) -> list[tuple[str, str]]:
+    """What the run will do: subject and text of each line."""
     pairs_per_update = devices.ranks * args.gradient_accum_steps
     updates = math.ceil(args.num_epochs * math.ceil(reports["train"].usable / pairs_per_update))
     trained = "the soft prompt, the model is frozen" if args.trains_prefix else describe_adapter(args)
@@ -5322,22 +5455,38 @@ def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str,
         "updates": f"{updates} ({args.num_epochs:g} epoch(s))",
         "loss": f"{args.loss_type}, β {args.beta:g}"
         + (f", label smoothing {args.label_smoothing:g}" if args.label_smoothing else "")
-        + ("" if args.trains_prefix else f", α {args.alpha:g}"),
+        + ("" if args.trains_prefix else f", α {args.alpha:g}")
+        + describe_preset(args),
         "trained": f"{trained}, learning rate {args.peak_learning_rate:g}",
         "devices": f"{devices}, {str(precision_dtype(args.precision, devices.on_gpu)).removeprefix('torch.')}",
         "reference": f"{describe_reference(args)}; {kept}" if args.adapter_path else kept,
         "output": describe_output(args),
         "TensorBoard": args.log_dir,
     }
+    notices = range_notices(args)
     if updates < 10:
         most = int(reports["train"].usable * args.num_epochs / (10 * devices.ranks))
         lower = f"lower GRADIENT_ACCUM_STEPS to {most} or " if most else ""
-        lines["notice"] = f"only {updates} updates: {lower}raise NUM_EPOCHS for ten"
+        notices.append(f"only {updates} updates: {lower}raise NUM_EPOCHS for ten")
     idle = [name for name in args.not_used if getattr(args, name) != getattr(ScriptArguments, name)]
     if idle:
         why = f"no part in {args.training_mode} mode" + (", or the adapter's own count" if args.adapter_path else "")
         lines["not used"] = f"{', '.join(map(str.upper, idle))} ({why})"
-    return "\n".join(f"  {name:<17} {text}" for name, text in lines.items())
+    return [*lines.items(), *(("notice", notice) for notice in notices)]
+
+
+def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str, DataReport]) -> str:
+    """What the run will do, for a person to read before it starts."""
+    return "\n".join(f"  {name:<17} {text}" for name, text in plan_lines(args, devices, reports))
+
+
+def describe_preset(args: ScriptArguments) -> str:
+    """Where β and α come from, in the plan."""
+    if not args.preset:
+        return ""
+    defaults = {name: getattr(ScriptArguments, name) for name in preset_values(args)}
+    replaced = [f"{name.upper()}={default:g}" for name, default in defaults.items() if default != getattr(args, name)]
+    return f" (from PRESET={args.preset}" + (f", in the place of {' and '.join(replaced)})" if replaced else ")")
 
 
 def describe_evaluation(args: ScriptArguments, devices: Devices, report: DataReport) -> str:
@@ -5485,7 +5634,306 @@ def unused_path(folder: Path, name: str) -> Path:
 
 
 # ======================================================================================================================
-# 17 · Main — parse, check, build, train, save; or evaluate.
+# 17 · Sweep — one run for each combination of listed values: which there are, what became of them, how they compare.
+# ======================================================================================================================
+
+MAX_SWEEP_RUNS, MAX_RUN_NAME = 1000, 200
+SWEEP_METRICS = ("accuracy", "reward_margin", "loss", "pref_advantage_ratio")
+OTHER_SCALE = {"preset", "beta", "alpha", "loss_type", "label_smoothing"}  # on which reward margin and loss depend
+# what `run_state` finds → what becomes of a run with the same settings and data, and how it is called
+FATES = {"finished": "keep", "unfinished": "resume"}
+STATES = {"finished": "finished", "unfinished": "interrupted"}
+Checked = tuple[Devices, dict[str, list[Pair]], dict[str, DataReport]]  # what `check_inputs` gives
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One combination of a sweep's values, which trains into folders of its own.
+
+    Args:
+        values: swept setting → this run's value.
+        args: its settings, with the values of PRESET and its folders in their places.
+        fate: train, resume (an unfinished run), replace (another run in its folder) or keep (it is finished).
+    """
+
+    name: str
+    values: dict[str, Any]
+    args: ScriptArguments
+    fate: str = "train"
+
+    @property
+    def flags(self) -> list[str]:
+        """What sets this run apart from the sweep's command line."""
+        values = self.values | {name: getattr(self.args, name) for name in ("output_dir", "log_dir")}
+        values |= {"resume": self.fate == "resume", "overwrite": self.fate == "replace"}
+        return [f"--{name}={value_text(value)}" for name, value in values.items()]
+
+
+def value_text(value: Any) -> str:
+    """A value as a flag takes it; equal values have the same text."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def runs_of(args: ScriptArguments, lists: Mapping[str, Sequence[Any]]) -> list[SweepRun]:
+    """Every combination of the lists, in folders beside OUTPUT_DIR and LOG_DIR that are named by its values."""
+    places, runs = with_absolute_folders(args), []
+    for combination in itertools.product(*lists.values()):
+        values = dict(zip(lists, combination, strict=True))
+        texts = {name: quote(value_text(value), safe=",+", errors="replace") for name, value in values.items()}
+        name = "_".join(f"{name.upper()}={text}" for name, text in texts.items())
+        folders = {place: f"{getattr(places, place)}-sweep/{name}" for place in ("output_dir", "log_dir")}
+        runs.append(SweepRun(name, values, with_preset(dataclasses.replace(places, **values, **folders))))
+    return runs
+
+
+def list_problems(args: ScriptArguments, lists: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Why the lists themselves make no sweep."""
+    problems = []
+    for name, values in lists.items():
+        where = describe(name, " ".join(map(value_text, values)))
+        if len(set(values)) < len(values):
+            problems.append(f"{where}: names a value twice; name each once")
+        if name in args.not_used:
+            what = f"it has no part in {args.training_mode} mode, so these runs would be the same"
+            problems.append(f"{where}: {what}; name one value")
+    if (runs := math.prod(map(len, lists.values()))) > MAX_SWEEP_RUNS:
+        problems.append(f"the lists make {runs} runs, more than {MAX_SWEEP_RUNS}; shorten them")
+    return problems
+
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which computes each of its results, or raises each InputError, only once."""
+    outcome = functools.cache(functools.partial(problems_of, function))
+
+    def remembered(*arguments: Any) -> Any:
+        result, problems = outcome(*arguments)
+        if problems:
+            raise InputError(*problems)
+        return result
+
+    return remembered
+
+
+def of_runs(runs: Sequence[SweepRun], lines: Iterable[Sequence[str]]) -> list[str]:
+    """What is said of runs, each line once, with the values of those of which it is said where it is not all.
+
+    Args:
+        lines: each run's lines.
+    """
+    said: dict[str, list[SweepRun]] = {}
+    for run, own in zip(runs, lines, strict=True):
+        for line in own:
+            said.setdefault(line, []).append(run)
+    return [line + describe_runs(runs, some) for line, some in said.items()]
+
+
+def describe_runs(runs: Sequence[SweepRun], some: Sequence[SweepRun]) -> str:
+    """Which of the runs are meant, by the values that only these have, else by name; nothing where it is all."""
+    shared = {name: value for name, value in some[0].values.items() if all(run.values[name] == value for run in some)}
+    alike = [run for run in runs if shared.items() <= run.values.items()]
+    names = [f"{name.upper()}={value_text(value)}" for name, value in shared.items()]
+    if len(alike) > len(some):
+        names = [run.name for run in some]
+    return f" (with {shortened(' and '.join(names))})" if names else ""
+
+
+def check_sweep(
+    args: ScriptArguments, lists: Mapping[str, Sequence[Any]], problems: Sequence[str]
+) -> tuple[list[SweepRun], list[Checked]]:
+    """The runs of a sweep, each checked as a run of its own would be; what is in their folders is not looked at.
+
+    Raises:
+        InputError: listing the problems of all runs together.
+    """
+    problems = [*problems, *list_problems(args, lists)]
+    if math.prod(map(len, lists.values())) > MAX_SWEEP_RUNS:
+        raise InputError(*problems)
+    runs, reader, outcomes = runs_of(args, lists), once(read_pairs), []
+    if (length := max(len(run.name) for run in runs)) > MAX_RUN_NAME:
+        what = f"of {length} characters, more than {MAX_RUN_NAME}; sweep fewer settings at once"
+        problems.append(f"the lists make names of folders {what}")
+    for run in runs:
+        of_run = [*problems, *argument_problems(dataclasses.replace(args, **run.values))]
+        ready = dataclasses.replace(run.args, resume=False, overwrite=True)
+        outcomes.append(problems_of(check_inputs, ready, of_run, reader))
+    checked, failed = zip(*outcomes, strict=True)
+    if any(failed):
+        raise InputError(*of_runs(runs, failed))
+    return runs, checked
+
+
+def decided(run: SweepRun, current: Mapping[str, Any]) -> SweepRun:
+    """The run with what becomes of it, by what its folder holds.
+
+    Args:
+        current: what `recorded_settings` gives for it.
+
+    Raises:
+        InputError: the folder holds a run with other settings or data, which OVERWRITE does not give up.
+    """
+    folder, overwrite = run.args.output_path, run.args.overwrite
+    state = run_state(folder)
+    if state == "nothing":
+        return run
+    try:
+        changed = [what for what, _ in differences(settings_in(folder), current, STATES[state])]
+    except ValueError as error:
+        changed = [str(error)]
+    if changed and not overwrite:
+        raise InputError(
+            f"{describe('output_dir', run.args.output_dir)}: holds another run: {'; '.join(changed)}; set it back, "
+            "name another OUTPUT_DIR, or replace the run with OVERWRITE=true"
+        )
+    fate = "replace" if changed or (overwrite and state == "unfinished") else FATES[state]
+    return dataclasses.replace(run, fate=fate)
+
+
+def decide(runs: Sequence[SweepRun], checked: Sequence[Checked]) -> list[SweepRun]:
+    """The runs with what becomes of each.
+
+    Raises:
+        InputError: naming every folder that holds another run, or a base model that is not the same in all.
+    """
+    outcomes = []
+    for run, (devices, pairs, _) in zip(runs, checked, strict=True):
+        outcomes.append(problems_of(decided, run, recorded_settings(run.args, devices, pairs)))
+    problems = [problem for _, failed in outcomes for problem in failed]
+    if problems:
+        raise InputError(*problems)
+    runs = [run for run, _ in outcomes]
+    finished = {run.name: settings_in(run.args.output_path)["content"] for run in runs if run.fate == "keep"}
+    models = {content.get("the base model"): name for name, content in finished.items()}
+    if len(models) > 1:
+        what = f"the base model has changed between the finished runs {' and '.join(models.values())}"
+        raise InputError(f"{what}; put the old one back and remove the newer runs, or name another OUTPUT_DIR")
+    return runs
+
+
+def describe_sweep(runs: Sequence[SweepRun], checked: Sequence[Checked]) -> str:
+    """What the sweep will do, for a person to read before it starts."""
+    plans = [plan_lines(run.args, devices, reports) for run, (devices, _, reports) in zip(runs, checked, strict=True)]
+    values = {name: dict.fromkeys(value_text(run.values[name]) for run in runs) for name in runs[0].values}
+    swept = " × ".join(f"{name.upper()} ({', '.join(texts)})" for name, texts in values.items())
+    lines = [line for line in plans[0] if line[0] != "notice" and all(line in plan for plan in plans)]
+    lines += [("outputs", str(runs[0].args.output_path.parent)), ("TensorBoard", str(runs[0].args.log_path.parent))]
+    notices = ([text for subject, text in plan if subject == "notice"] for plan in plans)
+    lines += [("notice", notice) for notice in of_runs(runs, notices)]
+    width = max(17, *(len(run.name) for run in runs))
+    heading = f"sweep of {swept}: {len(runs)} runs, one after another"
+    shown = [*(f"  {subject:<17} {text}" for subject, text in lines), "what becomes of each run:"]
+    return "\n".join([heading, *shown, *(f"  {run.name:<{width}} {describe_fate(run)}" for run in runs)])
+
+
+def describe_fate(run: SweepRun) -> str:
+    """What becomes of a run, in the plan."""
+    newest = newest_checkpoint(run.args.output_path) if run.fate == "resume" else None
+    return {
+        "train": "to be trained",
+        "resume": f"unfinished, goes on from {newest.name}" if newest else "unfinished, begins again",
+        "replace": "replaces the run in its folder",
+        "keep": "finished",
+    }[run.fate]
+
+
+def sweep_settings(runs: Sequence[SweepRun], devices: Devices) -> str:
+    """What the launcher needs: `launch_settings` of all, and name and flags of each run that is to be trained."""
+    folders = {"output_dir": runs[0].args.output_path.parent, "log_dir": runs[0].args.log_path.parent}
+    whole = dataclasses.replace(runs[0].args, **{name: str(path) for name, path in folders.items()})
+    lines = ["\t".join((run.name, *run.flags)) for run in runs if run.fate != "keep"]
+    return "\n".join([launch_settings(whole, devices), f"SWEEP={len(runs)}", *(f"RUN={line}" for line in lines)])
+
+
+def sweep_result(run: SweepRun) -> dict[str, float]:
+    """What a finished run gave on the held-out pairs, its updates and minutes.
+
+    Raises:
+        InputError: its state cannot be read.
+    """
+    path = run.args.output_path / TRAINER_STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        last = [logs for logs in state["log_history"] if TAGS["loss"][1] in logs][-1]
+        seconds = next(logs["train_runtime"] for logs in reversed(state["log_history"]) if "train_runtime" in logs)
+        metrics = {name: float(last[TAGS[name][1]]) for name in SWEEP_METRICS}
+        return metrics | {"updates": state["global_step"], "minutes": seconds / 60}
+    except (OSError, ValueError, LookupError, TypeError, StopIteration, RecursionError) as error:
+        what = f"cannot be read ({error!r}); remove {path.parent} to train this run again"
+        raise InputError(f"{path} {what}") from None
+
+
+def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that is as easy to read as it stands."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    padded = (map(str.ljust, line, widths) for line in (header, ["-" * width for width in widths], *rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def results_table(
+    runs: Sequence[SweepRun], results: Mapping[str, Mapping[str, float]], failed: Mapping[str, str]
+) -> str:
+    """One row a run, its values first: those with results from the best to the worst, then the others.
+
+    Args:
+        results: name of a finished run → its `sweep_result`, the best one first.
+        failed: name of a run that failed → its exit status.
+    """
+    by_name, rows = {run.name: run for run in runs}, []
+    for name in (*results, *(run.name for run in runs if run.name not in results)):
+        cells = [value_text(value) for value in by_name[name].values.values()]
+        if name in results:
+            cells += [f"{results[name][metric]:.4f}" for metric in SWEEP_METRICS]
+            cells += [str(results[name]["updates"]), f"{results[name]['minutes']:.1f}"]
+        else:
+            state = f"failed (exit status {failed[name]})" if name in failed else "not finished"
+            cells += [state, *[""] * (len(SWEEP_METRICS) + 1)]
+        rows.append(cells)
+    return aligned_table([*map(str.upper, runs[0].values), *SWEEP_METRICS, "updates", "minutes"], rows)
+
+
+def describe_results(runs: Sequence[SweepRun], failed: Mapping[str, str], pairs: int) -> str:
+    """The table of a sweep's results, by held-out accuracy and then reward margin, and how far to trust it.
+
+    Args:
+        failed: name of a run that failed → its exit status.
+        pairs: how many are held out.
+    """
+    found = {run.name: sweep_result(run) for run in runs if run.fate == "keep"}
+    results = dict(sorted(found.items(), key=lambda item: (-item[1]["accuracy"], -item[1]["reward_margin"])))
+    lines = [results_table(runs, results, failed), ""]
+    if not results:
+        return "\n".join([*lines, "No run has finished."])
+    best, result = next(iter(results.items()))
+    low, high = wilson_interval(round(result["accuracy"] * pairs), pairs)
+    folder = next(run.args.output_dir for run in runs if run.name == best)
+    lines += [
+        f"Held-out metrics at the end, on {pairs} pairs: an accuracy is known to ± {(high - low) / 2:.2f} (95 %);",
+        "smaller differences may be chance. The minutes of a resumed run are those since it went on.",
+    ]
+    if OTHER_SCALE & runs[0].values.keys():
+        lines.append("Rewards grow with β and the loss is another for each β, α and LOSS_TYPE: compare accuracies.")
+    return "\n".join([*lines, f"The best: {folder}"])
+
+
+def show_results(runs: Sequence[SweepRun], failed: Mapping[str, str], pairs: int) -> None:
+    """Prints `describe_results` and keeps it beside the runs' folders.
+
+    Raises:
+        RankError: it cannot be written.
+    """
+    text, names = describe_results(runs, failed, pairs), [name.upper() for name in runs[0].values]
+    print(text, flush=True)
+    folder = runs[0].args.output_path.parent
+    path = folder / f"{'_'.join(names)}.md"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, f"# Sweep of {' × '.join(names)}\n\n{text}\n")
+    print(f"This table is kept in {path}", flush=True)
+
+
+# ======================================================================================================================
+# 18 · Main — parse, check, build, train, save; or evaluate.
 # ======================================================================================================================
 
 
@@ -5498,14 +5946,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The libraries call their own deprecated names, and accelerate compares a default with DeepSpeed's setting.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
+    flags, lists, problems = read_flags(argv)
+    if lists and (flags.plan or flags.sweep_table):
+        sweep(flags, lists, problems)
+        return
     args, problems = read_arguments(argv)
     if args.evaluate_only:
         return evaluate(args, problems)
-    # a folder that is moved aside may hold the working folder
-    folders = {"output_dir": os.path.abspath(args.output_path), "log_dir": os.path.abspath(args.log_path)}
-    if args.reference_cache and args.reference_cache_path:
-        folders["reference_cache"] = os.path.abspath(args.reference_cache_path)
-    args = dataclasses.replace(args, **folders)
+    args = with_absolute_folders(args)
     devices, pairs, reports = check_inputs(args, problems)
     if args.plan:
         check_locks(args)
@@ -5545,7 +5993,7 @@ def evaluate(args: ScriptArguments, problems: Sequence[str]) -> None:
         kept = {name: value for name, value in dataclasses.asdict(args).items() if name not in args.not_used}
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"settings": kept, "dropped": reports["test"].dropped, **results})
+            write_json(path, {"settings": kept, "dropped": reports["test"].describe_dropped(), **results})
         print(f"written to {args.evaluation_file}", flush=True)
 
 
@@ -5585,6 +6033,33 @@ def score_in_memory(
     return scores
 
 
+def with_absolute_folders(args: ScriptArguments) -> ScriptArguments:
+    """The folders that are written to by their whole paths: one that is moved aside may hold the working folder."""
+    folders = {"output_dir": os.path.abspath(args.output_path), "log_dir": os.path.abspath(args.log_path)}
+    if args.reference_cache and args.reference_cache_path:
+        folders["reference_cache"] = os.path.abspath(args.reference_cache_path)
+    return dataclasses.replace(args, **folders)
+
+
+def sweep(args: ScriptArguments, lists: Mapping[str, Sequence[Any]], problems: Sequence[str]) -> None:
+    """What fast_train.sh asks about a sweep: which runs it has, or with `--sweep_table` what they gave.
+
+    Raises:
+        InputError: some run cannot be trained, or its folder holds another one.
+    """
+    runs, checked = check_sweep(args, lists, problems)
+    runs, (devices, _, reports) = decide(runs, checked), checked[0]
+    if args.sweep_table:
+        show_results(runs, dict(word.rsplit(":", 1) for word in args.sweep_failed.split()), reports["test"].usable)
+        return
+    for run in runs:
+        if run.fate != "keep":
+            check_locks(run.args)
+    print(describe_sweep(runs, checked), file=sys.stderr)
+    with writing(Path(tempfile.gettempdir())):
+        print(sweep_settings(runs, devices), flush=True)
+
+
 def train(
     args: ScriptArguments, devices: Devices, pairs: Mapping[str, list[Pair]], reports: Mapping[str, DataReport]
 ) -> None:
@@ -5601,6 +6076,7 @@ def train(
     with hf_args.main_process_first():  # the others find what it keeps
         datasets = tokenize_datasets(args, config, tokenizer, prefix, pairs, reports)
     if is_main:
+        print("".join(f"notice: {notice}\n" for notice in range_notices(args)), end="")
         print_data_report(reports, datasets, tokenizer)
     transformers.set_seed(args.seed)
     model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
@@ -5777,7 +6253,10 @@ def build_policy_in_memory(
 def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
     """What TensorBoard's HParams tab compares, of runs of any mode."""
     undecided = {name for name, (accepted, _) in ONLY.items() if len(accepted) == 1}
-    elsewhere = {"plan", "output_dir", "log_dir", "reference_cache", "resume", "overwrite", "eval_steps"}
+    elsewhere = {
+        *(*LAUNCHERS_OWN, "preset", "output_dir", "log_dir", "reference_cache", "resume", "overwrite", "eval_steps"),
+        *("evaluate_only", "evaluation_file"),
+    }
     left_out = undecided | elsewhere | {"gpu_nodes", "cpu_ranks", "ds_config"}
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
 

@@ -96,7 +96,11 @@ ONLY = {
     "hostfile": (("",), ("hosts",), "''"),
     "node_rank": (("",), ("0", "1"), "''"),
     "master_addr": (("",), ("node1",), "''"),
-    "preset": (("",), ("gentle",), "BETA and ALPHA"),
+    "preset": (
+        ("", "conservative", "balanced", "aggressive"),
+        ("gentle", "Balanced"),
+        "'' or 'conservative' or 'balanced' or",
+    ),
 }
 
 # field → a value that its type cannot be read from
@@ -127,6 +131,7 @@ WRONG_TYPE = {
     "resume": "perhaps",
     "overwrite": "2",
     "plan": "dry",
+    "sweep_table": "all",
 }
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -161,12 +162,45 @@ def test_through_a_symbolic_link_from_elsewhere(tiny_run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_explains_the_settings(tmp_path, flag):
-    result = launch({}, flag, cwd=tmp_path)
-    assert result.returncode == 0
-    shown = " ".join(result.stdout.split())
-    assert "--gradient_accum_steps" in shown and "Pairs each GPU (or CPU rank) accumulates before an update." in shown
+def help_of(folder, flag: str) -> str:
+    """What --help prints where Python has its standard library only, as on a fresh machine."""
+    (folder / "bin").mkdir()
+    bare = folder / "bin" / "python3"
+    bare.write_text(f'#!/bin/bash\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    work = folder / "work"
+    work.mkdir()
+    result = launch({"PATH": f"{bare.parent}:{os.environ['PATH']}", "COLUMNS": "90"}, flag, cwd=work, timeout=60)
+    assert (result.returncode, result.stderr, list(work.iterdir())) == (0, "", [])
+    return result.stdout
+
+
+def test_help_explains_every_setting_without_any_package(tmp_path):
+    """Variables and defaults are the edit block's, texts the fields': what is not in the one is not in the help."""
+    shown = help_of(tmp_path, "--help")
+    words = " ".join(shown.split())
+    fields = {field.name: field for field in T.dataclasses.fields(T.ScriptArguments)}
+    for name in DESIGN_VARIABLES:
+        default = re.search(rf'^{name}="\$\{{{name}:?-(.*?)\}}"', EDIT_BLOCK, re.M)[1]
+        default = default.replace("$DEFAULT_PREFERENCE", f'"{T.ScriptArguments.preference_text}"')
+        assert shown.count(f"\n  {name}={default}\n") == 1, name
+    for name, field in fields.items():
+        own, reserved = name in T.LAUNCHERS_OWN, len(T.ONLY.get(name, ("12",))[0]) == 1
+        text = f"Reserved: {T.ONLY[name][1]}." if reserved else field.metadata["help"]
+        for other in fields:  # in the launcher's names
+            text = re.sub(rf"\b{other}\b", other.upper(), text) if "_" in other else text
+        assert (text in words) != own, name
+        variable = name.upper() in DESIGN_VARIABLES
+        assert (f"\n  --{name}={field.default}\n" in shown) == (not own and not variable), name
+    assert ", ".join(name.upper() for name in T.SWEPT) in words
+
+
+def test_help_begins_with_what_to_do(tmp_path):
+    shown = help_of(tmp_path, "-h")
+    assert shown.startswith("Preference-guided DPO: ")
+    assert re.search(r"^  ./fast_train.sh +the bundled model and data$", shown, re.M)
+    subjects = [subject[0].lower() + subject[1:] for subject in re.findall(r"^(\w.*)\n  [A-Z_]+=", shown, re.M)]
+    assert subjects == re.findall(r"^# -+ (.*?) -+$", EDIT_BLOCK, re.M)
 
 
 def test_an_environment_without_the_packages_gets_a_venv(tmp_path):
