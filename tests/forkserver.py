@@ -92,12 +92,18 @@ def serve() -> None:
     import accelerate.utils.deepspeed  # noqa: F401
     import deepspeed  # noqa: F401
     import peft  # noqa: F401
+    import torch.utils.cpp_extension
     import torch.utils.tensorboard
-    import transformers.integrations.deepspeed  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.hf_argparser
+    import transformers.integrations.deepspeed
     import transformers.trainer  # noqa: F401
+    from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
     torch.compile(len)  # DeepSpeed's optimizers do something like it, which imports for seconds
+    with torch.device("meta"):  # for a first adapter PEFT and transformers make tables of every architecture's names
+        peft.get_peft_model(
+            LlamaForCausalLM(LlamaConfig(num_hidden_layers=1)), peft.LoraConfig(target_modules="all-linear")
+        )
     gc.freeze()
     for line in sys.stdin:
         child = os.fork()
@@ -119,7 +125,17 @@ def become(request: Mapping[str, Any]) -> None:
     os.environ.update(request["environment"])
     sys.argv = request["argv"]
     sys.path[0] = str(Path(sys.argv[0]).parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        status = end.code
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # the interpreter's own end would touch, and by that copy, all memory shared with the server
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="$(./fast_train.sh --setup)"
-if ! "$PYTHON" -c 'import pytest' 2>/dev/null; then
+if ! "$PYTHON" -c 'import pytest, xdist' 2>/dev/null; then
   echo "installing tests/requirements.txt for $PYTHON" >&2
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 fi
