@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,11 @@ def start(argv: Sequence[str], environment: Mapping[str, str], cwd: Path, progra
     return RUNNING[-1]
 
 
-def serve() -> None:
-    """Answers each request on stdin with the process number and, when it has ended, the exit status."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what the libraries print is no answer
+def prepare() -> None:
+    """Does what every run begins with, and its forks need not do again: imports, and tables that are made once."""
     import accelerate.utils.deepspeed  # noqa: F401
     import deepspeed  # noqa: F401
-    import peft  # noqa: F401
+    import peft
     import torch.utils.cpp_extension
     import torch.utils.tensorboard
     import transformers.hf_argparser
@@ -100,11 +99,17 @@ def serve() -> None:
     from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
     torch.compile(len)  # DeepSpeed's optimizers do something like it, which imports for seconds
-    with torch.device("meta"):  # for a first adapter PEFT and transformers make tables of every architecture's names
-        peft.get_peft_model(
-            LlamaForCausalLM(LlamaConfig(num_hidden_layers=1)), peft.LoraConfig(target_modules="all-linear")
-        )
+    lora = peft.LoraConfig(target_modules="all-linear")
+    with torch.device("meta"):  # the first adapter's tables hold the names of every architecture's layers
+        peft.get_peft_model(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1)), lora)
     gc.freeze()
+
+
+def serve() -> None:
+    """Answers each request on stdin with the process number and, when it has ended, the exit status."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what the libraries print is no answer
+    prepare()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -132,10 +137,16 @@ def become(request: Mapping[str, Any]) -> None:
         if not isinstance(end.code, int):
             raise
         status = end.code
+    leave(status)
+
+
+def leave(status: int) -> None:
+    """Ends the process as the interpreter would, but for tidying up all memory, of which each page would be copied."""
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # the interpreter's own end would touch, and by that copy, all memory shared with the server
+    os._exit(status)
 
 
 if __name__ == "__main__":
