@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up what the tests need and runs them all; arguments go to pytest: ./tests/run.sh tests/test_loss.py -k ln_2
+# Sets up what the tests need and runs them all, a worker a core (-n 0: one after the other); arguments go to pytest:
+# ./tests/run.sh tests/test_loss.py -k ln_2
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="$(./fast_train.sh --setup)"
