@@ -1,25 +1,41 @@
 """Shared pieces: a tokenizer trained in-process, two-layer models built from a config, and pairs of unequal length."""
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import forkserver
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+# For tensors as small as these, threads spend their time waiting for each other. A run through the launcher has as many
+# as there are cores; those that wait leave the cores to the tests beside. PyTorch reads both when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["REFERENCE_CACHE"] = "off"  # no test writes into the home; every run through the launcher reads this
+
+import forkserver  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 import train_with_preference_prompt as T  # noqa: E402
 
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
-os.environ["REFERENCE_CACHE"] = "off"  # no test writes into the home; every run through the launcher reads this
+# Tests that run at the same time, each in a worker (pytest-xdist), and the number of this one.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -38,6 +54,12 @@ ROWS = [
     {"prompt": "Can you help me to move a heavy table tomorrow?", "chosen": "I cannot lift it.", "rejected": "No."},
 ]
 PREFERENCE = "Answer plainly and honestly."
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """A worker for each core, eight at most (each holds 2 GB), where all is tested; for a selection none is started."""
+    everything = config.args_source == config.ArgsSource.TESTPATHS and not config.option.keyword
+    return min(T.CORES, 8) if everything and config.option.markexpr == "not slow" else 0
 
 
 @pytest.fixture(scope="session")
@@ -107,10 +129,8 @@ def write_rows(path: Path, rows) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def tiny_run(tokenizer, tmp_path_factory):
-    """A folder with a tiny model and data, and the launcher variables that make a run of a few seconds from them."""
-    folder = tmp_path_factory.mktemp("tiny")
+def tiny_variables(folder: Path, tokenizer) -> dict[str, str]:
+    """Writes a tiny model and data, and names the launcher variables that make a run of a few seconds from them."""
     tokenizer.save_pretrained(folder / "model")
     make_model("llama", len(tokenizer)).save_pretrained(folder / "model")
     write_rows(folder / "train.jsonl", ROWS + [{**row, "prompt": "Again: " + row["prompt"]} for row in ROWS])
@@ -124,6 +144,21 @@ def tiny_run(tokenizer, tmp_path_factory):
         "PAIRS_PER_FORWARD": "2",
         "EVAL_STEPS": "2",
     }
+
+
+@pytest.fixture(scope="session")
+def talking_run(tokenizer, tmp_path_factory):
+    """Launcher variables of a run of a few seconds, half of which it spends on the sample answers."""
+    return tiny_variables(tmp_path_factory.mktemp("talking"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tokenizer, tmp_path_factory):
+    """The same with sample answers of a few tokens: one in eight ends an answer. Nothing else depends on that."""
+    variables = tiny_variables(tmp_path_factory.mktemp("tiny"), tokenizer)
+    ends = GenerationConfig(eos_token_id=[2, *range(0, len(tokenizer), 8)], pad_token_id=2)
+    ends.save_pretrained(variables["POLICY_MODEL_PATH"])
+    return variables
 
 
 def parse(argv: list[str]) -> T.ScriptArguments:
@@ -145,12 +180,18 @@ def launch(variables: dict[str, str], *flags: str, cwd: Path, timeout: int = 400
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, **options)
 
 
+def free_port() -> int:
+    """A port for this worker alone, and none of those from which the system chooses for the runs of the launcher."""
+    while True:
+        port = WORKER + WORKERS * random.SystemRandom().randrange(20_000 // WORKERS, 32_000 // WORKERS)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 def start(variables: dict[str, str], cwd: Path, program: Path = forkserver.PROGRAM) -> forkserver.Run:
     """Starts the module as DeepSpeed's launcher would start its only rank, without the launcher's own start-up time."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    rank["MASTER_PORT"] = str(free_port())
     variables = {"REFERENCE_CACHE": "off", **variables}
     flags = [word for name, value in variables.items() for word in (f"--{name.lower()}", value)]
     return forkserver.start(flags, {**rank, "LOCAL_SIZE": "1", "DS_ACCELERATOR": "cpu"}, cwd, program)
@@ -163,8 +204,7 @@ def train(variables: dict[str, str], cwd: Path, program: Path = forkserver.PROGR
 
 def two_ranks(program, variables, cwd):
     """Exit status, stdout and stderr of each of two CPU ranks."""
-    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": "2"}
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_SIZE": "2"}
     flags = [f"--{name.lower()}={value}" for name, value in {**variables, "CPU_RANKS": "2"}.items()]
     ranks = [
         subprocess.Popen(

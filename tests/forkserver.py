@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,21 +86,31 @@ def start(argv: Sequence[str], environment: Mapping[str, str], cwd: Path, progra
     return RUNNING[-1]
 
 
+def prepare() -> None:
+    """Does what every run begins with, and its forks need not do again: imports, and tables that are made once."""
+    import accelerate.utils.deepspeed  # noqa: F401
+    import deepspeed  # noqa: F401
+    import peft
+    import torch.utils.cpp_extension
+    import torch.utils.tensorboard
+    import transformers.hf_argparser
+    import transformers.integrations.deepspeed
+    import transformers.trainer  # noqa: F401
+    from transformers.models.llama import LlamaConfig, LlamaForCausalLM
+
+    torch.compile(len)  # DeepSpeed's optimizers do something like it, which imports for seconds
+    lora = peft.LoraConfig(target_modules="all-linear")
+    with torch.device("meta"):  # the first adapter's tables hold the names of every architecture's layers
+        peft.get_peft_model(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1)), lora)
+    gc.freeze()
+
+
 def serve() -> None:
     """Answers each request on stdin with the process number and, when it has ended, the exit status."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the libraries print is no answer
-    import accelerate.utils.deepspeed  # noqa: F401
-    import deepspeed  # noqa: F401
-    import peft  # noqa: F401
-    import torch.utils.tensorboard
-    import transformers.integrations.deepspeed  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-    import transformers.trainer  # noqa: F401
-
+    prepare()
     sys.modules["matplotlib"] = None  # not installed here: most tests look at no picture, which takes seconds to draw
-    torch.compile(len)  # DeepSpeed's optimizers do something like it, which imports for seconds
-    gc.freeze()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -120,7 +131,23 @@ def become(request: Mapping[str, Any]) -> None:
     os.environ.update(request["environment"])
     sys.argv = request["argv"]
     sys.path[0] = str(Path(sys.argv[0]).parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        status = end.code
+    leave(status)
+
+
+def leave(status: int) -> None:
+    """Ends the process as the interpreter would, but for tidying up all memory, of which each page would be copied."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

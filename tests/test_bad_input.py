@@ -6,7 +6,6 @@ of a second. The weights of the good model are none: a case in which they are lo
 """
 
 import ctypes
-import gc
 import gzip
 import json
 import os
@@ -21,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import forkserver
 import pytest
 import safetensors.torch
 import torch
@@ -872,13 +872,9 @@ def serve() -> None:
     """Starts the program for each line on stdin and answers with its exit status, or −9 when it took too long."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the libraries print is no answer
-    import deepspeed  # noqa: F401
-    import transformers.integrations.deepspeed  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
+    forkserver.prepare()
     # Without capabilities (capset(2), version 3) root is a user like any other: files can be closed to it.
     assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()) == 0
-    gc.freeze()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

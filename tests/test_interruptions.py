@@ -54,10 +54,15 @@ def until(ready, seconds: float, alive=lambda: True) -> bool:
     return ready()
 
 
-def another_checkpoint(cwd):
-    """Says whether a checkpoint has been begun since."""
+def another_checkpoint(cwd, complete=False):
+    """Says whether a checkpoint has been begun since, or the one begun last is complete."""
     newest = T.checkpoints(output_of(cwd))[-1:]
-    return lambda: T.checkpoints(output_of(cwd))[-1:] != newest
+
+    def ready() -> bool:
+        now = T.checkpoints(output_of(cwd))[-1:]
+        return now != newest and (not complete or (now[0] / T.CHECKPOINT_FILES).exists())
+
+    return ready
 
 
 # --- killed at random points
@@ -68,14 +73,15 @@ def test_twenty_kills_at_random_points_change_nothing(whole, tmp_path):
     variables, uninterrupted = whole
     randomly, kills, restarts = random.Random(4), 0, []
     while kills < 20:
-        another = another_checkpoint(tmp_path)
+        moment = randomly.choice(["starting", "saving", "saving", "training", "training", "training"])
+        another = another_checkpoint(tmp_path, complete=moment == "training")
         restarts.append(T.newest_checkpoint(output_of(tmp_path)))
         run = start(resumed(variables, tmp_path), tmp_path)
-        if randomly.random() < 0.7:  # after it has begun another checkpoint, or while it does
-            assert until(another, 60), run.stderr.read_text()[-3000:]
-            time.sleep(randomly.uniform(0, 0.1))
-        else:  # so that no kill takes more than about two updates, and the run outlasts them all
+        if moment == "starting":  # so that no kill takes more than about two updates, and the run outlasts them all
             until(another, randomly.uniform(0, 3))
+        else:  # while it writes another checkpoint, or after it has
+            assert until(another, 200), run.stderr.read_text()[-3000:]
+            time.sleep(randomly.uniform(0, 0.1))
         run.kill(randomly.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
         result = run.wait()
         assert result.returncode in (-9, -15, -2, 130), result.stderr[-2000:]
@@ -164,15 +170,16 @@ def test_a_resumed_run_evaluates_as_often_as_it_now_says(whole, tmp_path):
 
 def test_a_compilation_that_was_killed_does_not_stop_the_next_start(tiny_run, tmp_path):
     """PyTorch's own guard, a file, would be waited for by every later start, for ever."""
-    finished(train({**tiny_run, "NUM_EPOCHS": "0.1"}, tmp_path))  # it is compiled by now
-    left = Path(_get_build_directory("deepspeed_shm_comm", verbose=False), "lock")
+    variables, own = {**tiny_run, "NUM_EPOCHS": "0.1"}, tmp_path / "extensions"  # other tests take the shared one
+    finished(train(variables, tmp_path))  # it is compiled by now
+    compiled = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
+    left = shutil.copytree(compiled, own / compiled.name) / "lock"
     with left.open("w"):
         assert T.is_open(left)  # as while another program compiles
     assert not T.is_open(left)
-    try:
-        finished(start({**tiny_run, "NUM_EPOCHS": "0.1"}, tmp_path).wait(timeout=60))
-    finally:
-        left.unlink(missing_ok=True)
+    program = sabotaged(f"import os; os.environ['TORCH_EXTENSIONS_DIR'] = {str(own)!r}", tmp_path)
+    finished(start(variables, tmp_path, program).wait(timeout=60))
+    assert not left.exists()
 
 
 # --- signals to the launcher

@@ -43,10 +43,10 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def run(tiny_run, tmp_path_factory):
+def run(talking_run, tmp_path_factory):
     """One finished run with awkward values, started twice: (working folder, first result, second result)."""
     cwd = tmp_path_factory.mktemp("a folder with spaces")
-    variables = {**tiny_run, "PREFERENCE_TEXT": ODD_TEXT, "LEARNING_RATE": "0.01"}
+    variables = {**talking_run, "PREFERENCE_TEXT": ODD_TEXT, "LEARNING_RATE": "0.01"}
     first = launch(variables, cwd=cwd)
     assert first.returncode == 0, first.stderr[-3000:]
     kept = {path.name: path.read_bytes() for path in output_of(cwd).iterdir() if path.is_file()}

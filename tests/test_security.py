@@ -111,6 +111,16 @@ class RunsCode:
         return Path.touch, (self.marker,)
 
 
+@pytest.fixture(scope="module")
+def stopped(tiny_run, tmp_path_factory):
+    """The output of a run that can be resumed from its second update."""
+    cwd = tmp_path_factory.mktemp("stopped")
+    assert train(tiny_run, cwd).returncode == 0
+    (output_of(cwd) / T.MODEL_CARD).unlink()
+    shutil.rmtree(output_of(cwd) / "checkpoint-3")
+    return output_of(cwd)
+
+
 @pytest.mark.parametrize(
     "file",
     [
@@ -120,12 +130,9 @@ class RunsCode:
         "scheduler.pt",
     ],
 )
-def test_code_in_a_checkpoint_is_not_run(file, tiny_run, tmp_path):
-    assert train(tiny_run, tmp_path).returncode == 0
-    output, marker = output_of(tmp_path), tmp_path / "ran"
-    (output / T.MODEL_CARD).unlink()
-    shutil.rmtree(output / "checkpoint-3")
-    checkpoint = output / "checkpoint-2"
+def test_code_in_a_checkpoint_is_not_run(file, stopped, tiny_run, tmp_path):
+    checkpoint = shutil.copytree(stopped, output_of(tmp_path), symlinks=True) / "checkpoint-2"
+    marker = tmp_path / "ran"
     torch.save({"module": RunsCode(marker)}, checkpoint / file)
     T.mark_complete(checkpoint)  # as whoever can write there could
     result = train({**tiny_run, "RESUME": "true"}, tmp_path)

@@ -46,16 +46,16 @@ def digest(folder):
 
 
 @pytest.fixture(scope="module")
-def base_files(tiny_run):
+def base_files(talking_run):
     """What the base model's files were before any run of this module."""
-    return digest(tiny_run["POLICY_MODEL_PATH"])
+    return digest(talking_run["POLICY_MODEL_PATH"])
 
 
 @pytest.fixture(scope="module")
-def tuned(tiny_run, base_files, tmp_path_factory):
+def tuned(talking_run, base_files, tmp_path_factory):
     """A finished P-tuning run (ds_config.json's ZeRO 2, fp32)."""
     cwd = tmp_path_factory.mktemp("tuned")
-    finished(train({**tiny_run, **PTUNING}, cwd))
+    finished(train({**talking_run, **PTUNING}, cwd))
     return cwd
 
 
@@ -127,8 +127,8 @@ def test_ptuning_equals_a_plain_training_loop(tuned, tiny_run, tokenizer):
     assert series(tuned, "optim/learning_rate") == pytest.approx([RATE * (1 - step / 4) for step in range(4)])
 
 
-def test_ptuning_leaves_the_plain_model_alone(tuned, tiny_run, base_files):
-    assert digest(tiny_run["POLICY_MODEL_PATH"]) == base_files
+def test_ptuning_leaves_the_plain_model_alone(tuned, talking_run, base_files):
+    assert digest(talking_run["POLICY_MODEL_PATH"]) == base_files
     for tag in ("logps_eval/chosen", "logps_eval/rejected"):
         assert len(set(series(tuned, tag))) == 1
     assert len(set(series(tuned, "logps_eval/pref_chosen"))) == len(series(tuned, "logps_eval/pref_chosen")) == 3
@@ -194,12 +194,12 @@ def test_two_ranks_train_as_one(mode, stage, tuned, distilled, embedding, tiny_r
     torch.testing.assert_close(soft_prompt(tmp_path), soft_prompt(whole), rtol=1e-3, atol=1e-4)
 
 
-def test_resumed_ptuning_gives_the_losses_of_an_uninterrupted_one(tuned, tiny_run, tmp_path):
+def test_resumed_ptuning_gives_the_losses_of_an_uninterrupted_one(tuned, talking_run, tmp_path):
     shutil.copytree(output_of(tuned), output_of(tmp_path))
     for name in (T.MODEL_CARD, "prompt_embeddings.pt", "checkpoint-4/" + T.TRAINER_STATE):  # as if stopped before 4
         (output_of(tmp_path) / name).unlink()
     assert T.newest_checkpoint(output_of(tmp_path)).name == "checkpoint-2"
-    finished(train({**tiny_run, **PTUNING, "RESUME": "true"}, tmp_path))
+    finished(train({**talking_run, **PTUNING, "RESUME": "true"}, tmp_path))
     for tag in TRAJECTORY:
         assert series(tmp_path, tag) == series(tuned, tag)
     assert torch.equal(soft_prompt(tmp_path), soft_prompt(tuned))
@@ -250,11 +250,11 @@ def test_peft_scores_as_the_packed_forward_does(tuned, tiny_run, tokenizer):
         assert packed[:, place].mean().item() != pytest.approx(series(tuned, f"logps_eval/{answer}")[-1], rel=1e-3)
 
 
-def test_peft_generates_the_sample_answers(tuned, tiny_run, tokenizer):
-    opened = PeftModel.from_pretrained(base_model(tiny_run), output_of(tuned)).eval()
+def test_peft_generates_the_sample_answers(tuned, talking_run, tokenizer):
+    opened = PeftModel.from_pretrained(base_model(talking_run), output_of(tuned)).eval()
     header, _, *rows = samples(tuned)
     assert header == "| prompt | before | before, with the prefix | after | after, with the prefix |"
-    for pair, row in zip(tokenized_pairs(tiny_run, tokenizer, "TEST"), rows, strict=False):
+    for pair, row in zip(tokenized_pairs(talking_run, tokenizer, "TEST"), rows, strict=False):
         ids, answers = torch.tensor([pair.prompt_ids]), {}
         for model in (opened, opened.get_base_model()):
             made = model.generate(input_ids=ids, max_new_tokens=T.SAMPLE_TOKENS, do_sample=False, pad_token_id=2)
