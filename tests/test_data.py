@@ -692,6 +692,11 @@ def test_a_prompt_beside_messages_that_is_none_of_them_gets_a_notice(tmp_path):
     ]
 
 
+def test_a_column_may_have_any_name(tmp_path):
+    _, report = T.read_pairs(write_lines(tmp_path, json.dumps({**GOOD, "a\nb": 1, "\ud83d": 2, "c": 3})))
+    assert report.describe_format().endswith(r"; columns not used: 'a\nb', '\ud83d', c")
+
+
 def test_how_a_prompt_is_shown():
     assert T.Pair("Q?", "A.", "B.", 1).shown_prompt == T.Pair("Q?", "A.", "B.", 1, ()).shown_prompt == "Q?"
     assert T.Pair("Q?", "A.", "B.", 1, LONGER).shown_prompt == "system: S.\nuser: P?\nassistant: O.\nuser: Q?"
