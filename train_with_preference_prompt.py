@@ -925,9 +925,8 @@ class DataReport:
     def describe_changes(self) -> str:
         """What became of the rows, for the plan."""
         held_out = f"; held out for the test: {self.held_out}" if self.held_out else ""
-        return f"dropped: {self.describe_dropped()}{held_out}" + (
-            f"; weights: {self.repeated:+}" if self.repeated else ""
-        )
+        weights = f"; weights: {self.repeated:+}" if self.repeated else ""
+        return f"dropped: {self.describe_dropped()}{held_out}{weights}"
 
     def describe_format(self) -> str:
         """What the rows were read as, and what in them was not used."""
@@ -936,8 +935,8 @@ class DataReport:
             f"{name}, {FORMATS[name].description}" + (f" ({shortened(', '.join(files))})" if several else "")
             for name, files in self.formats.items()
         ]
-        unused = f"; columns not used: {shortened(', '.join(self.unused))}" if self.unused else ""
-        return "; ".join(read) + unused
+        columns = ", ".join(name if name.isprintable() else repr(name) for name in self.unused)
+        return "; ".join([*read, *([f"columns not used: {shortened(columns)}"] if columns else [])])
 
 
 class Table(NamedTuple):
@@ -1121,8 +1120,9 @@ def require_unique(path: Path, names: Sequence[str]) -> None:
 
 
 def brief(error: Exception) -> str:
-    """What an error says, in one brief line."""
-    return shortened(" ".join(str(error).split()) or type(error).__name__)
+    """What an error says, in one brief and printable line."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return shortened("".join(character if character.isprintable() else "\ufffd" for character in said))
 
 
 READERS = {".jsonl": read_json_lines, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
@@ -5061,10 +5061,9 @@ def recorded_settings(args: ScriptArguments, devices: Devices, pairs: Mapping[st
         "cpu_ranks",
         "train_dataset_path",
         "test_dataset_path",
-        "test_share",
-        "data_format",
         "prompt_embedding_path",
         "adapter_path",
+        *(["test_share"] if "test" in args.sources else []),
         *args.not_used,
     )
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}

@@ -11,6 +11,7 @@ again.
 """
 
 import argparse
+import gzip
 import hashlib
 import importlib.util
 import inspect
@@ -27,6 +28,8 @@ import traceback
 import zipfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 
@@ -36,6 +39,7 @@ import train_with_preference_prompt as T  # noqa: E402
 
 GUIDED = importlib.util.find_spec("atheris") is not None
 MODULES = (T, torch._weights_only_unpickler, torch.serialization, torch._utils, torch._tensor, json.decoder)
+ROWS_FILES = ("a.jsonl", "a.json", "a.csv", "a.parquet")
 K, H, MOST_SECONDS, MOST_MEMORY = 2, 4, 5.0, 2**30
 FORBIDDEN = ("subprocess", "socket", "os.", "shutil.", "tempfile.", "pty.", "ctypes.dlopen")
 watching, done = [], []  # not empty while a reader is at work · what it did that it must not do
@@ -65,7 +69,28 @@ def pickled(value) -> bytes:
 def words(target: str) -> list[bytes]:
     """What mutations should know: field names, or the opcodes, calls and objects that torch.load allows."""
     if target == "rows":
-        return [b'"prompt"', b'"chosen"', b'"rejected"', b"\\ud83d", b"\xef\xbb\xbf", b"\r\n", b"\0", b"NaN", b"1e999"]
+        fields = [
+            b'"prompt"',
+            b'"chosen"',
+            b'"rejected"',
+            b'"role"',
+            b'"content"',
+            b'"user"',
+            b'"assistant"',
+            b'"system"',
+        ]
+        marks = [
+            b"\\ud83d",
+            b"\xef\xbb\xbf",
+            b"\r\n",
+            b"\0",
+            b"NaN",
+            b"1e999",
+            b"\\n\\nHuman:",
+            b"\\n\\nAssistant:",
+            b'""',
+        ]
+        return [*fields, *marks, b"PAR1", b"\x1f\x8b", b'[{"', b'"tool_calls"', b'"images"', b'"type": "text"']
     allowed = (name.encode().rsplit(b".", 1) for name in torch._weights_only_unpickler._get_allowed_globals())
     names = [b"items", b"keys", b"dim", b"to", b"detach", b"numel", b"weight", b"storage"]
     texts = [b"X" + len(text).to_bytes(4, "little") + text for text in names]
@@ -84,8 +109,9 @@ def write_input(target: str, data: bytes, folder: Path) -> Path:
     file's pickle, a safetensors header or a PEFT configuration leave the file around them whole; in the last kind each
     byte stands for a piece of a pickle."""
     kind, body = data[0] if target == "embeddings" and data else 0, data[1:]
+    rows = ROWS_FILES[data[0] % len(ROWS_FILES)] if data else ROWS_FILES[0]
     files = (
-        {"soft": body},
+        {rows if target == "rows" else "soft": body},
         {"soft": zipped(body)},
         {"soft": len(body).to_bytes(8, "little") + body + bytes(4 * K * H)},
         {"adapter_config.json": body, "adapter_model.bin": b""},
@@ -96,7 +122,7 @@ def write_input(target: str, data: bytes, folder: Path) -> Path:
         file.unlink()
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    return folder / "soft" if "soft" in files else folder
+    return folder / rows if rows in files else folder / "soft" if "soft" in files else folder
 
 
 def seeds(target: str) -> list[bytes]:
@@ -106,7 +132,19 @@ def seeds(target: str) -> list[bytes]:
         lines = [json.dumps(good), json.dumps(good, ensure_ascii=False), json.dumps({**good, "x": [1.5, None, {}]})]
         lines += ["\r\n\r\n".join(lines), "\ufeff" + lines[0], json.dumps({**good, "chosen": None}), "[" * 3000]
         lines += ['{"prompt": "\\ud83d"}', '{"prompt": 1' + "0" * 5000 + "}", '{"a": NaN, "a": 1e999}', "\0"]
-        return [b"\0" + line.encode() for line in lines]
+        turns = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": [{"type": "text", "text": "B."}]}]
+        other = {"chosen": [*turns, *turns], "rejected": [*turns, turns[0], {"role": "assistant", "content": "C."}]}
+        lines += [json.dumps(other), json.dumps({name: json.dumps(value) for name, value in other.items()})]
+        lines += [json.dumps({name: f"\n\nHuman: A?\n\nAssistant: {name}" for name in other})]
+        table = 'prompt,chosen,rejected\r\n"a\nb",c,"d""e"\r\n'
+        found = [bytes([kind]) + line.encode() for line in lines for kind in (0, 1)]
+        found += [
+            b"\1" + json.dumps([good, other]).encode(),
+            b'\1{"data": [%s]}' % lines[0].encode(),
+            b"\2" + table.encode(),
+        ]
+        pq.write_table(pa.Table.from_pylist([good, {**good, "chosen": None}]), parquet := io.BytesIO())
+        return [*found, b"\3" + parquet.getvalue(), b"\0" + gzip.compress(lines[0].encode())]
     soft, noted = torch.ones(K, H), torch.ones(K, H)
     noted.note = 5
     objects = [soft, noted, {"embeddings": noted}, torch.nn.Parameter(soft), {"a": soft.half(), 1: None}]
@@ -128,7 +166,11 @@ def read(target: str, path: Path, hidden_size: int | None) -> str | None:
     try:
         if target == "rows":
             pairs, report = T.read_pairs(path)
-            fits = 0 < len(pairs) == report.usable and "".join(map(str, pairs)).encode()
+            fits = (
+                0 < len(pairs) == report.usable
+                and "".join(map(str, pairs)).encode()
+                and len(T.pairs_digest(pairs)) == 64
+            )
         else:
             soft = T.read_soft_prompt(str(path), hidden_size)
             fits = soft is None or (soft.dtype == torch.float32 and soft.dim() == 2 and bool(soft.isfinite().all()))

@@ -692,6 +692,11 @@ def test_a_prompt_beside_messages_that_is_none_of_them_gets_a_notice(tmp_path):
     ]
 
 
+def test_a_column_may_have_any_name(tmp_path):
+    _, report = T.read_pairs(write_lines(tmp_path, json.dumps({**GOOD, "a\nb": 1, "\ud83d": 2, "c": 3})))
+    assert report.describe_format().endswith(r"; columns not used: 'a\nb', '\ud83d', c")
+
+
 def test_how_a_prompt_is_shown():
     assert T.Pair("Q?", "A.", "B.", 1).shown_prompt == T.Pair("Q?", "A.", "B.", 1, ()).shown_prompt == "Q?"
     assert T.Pair("Q?", "A.", "B.", 1, LONGER).shown_prompt == "system: S.\nuser: P?\nassistant: O.\nuser: Q?"
@@ -779,3 +784,26 @@ def test_the_digest_is_of_what_the_pairs_say(tmp_path):
     changes = ({"prompt": "x"}, {"chosen": "x"}, {"rejected": "x"}, {"history": ()}, {"history": LONGER})
     changed = [T.pairs_digest([dataclasses.replace(pairs[0], **change), *pairs[1:]]) for change in changes]
     assert len({digest, T.pairs_digest(pairs[1:]), T.pairs_digest(pairs[::-1]), *changed}) == 8
+
+
+def test_the_plan_says_what_was_read_and_how(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{**GOOD, "prompt": f"{n}?", "id": n} for n in range(10)])
+    args = T.ScriptArguments(train_dataset_path=f"{path}*2", test_share=0.2)
+    plan = T.describe_data(args, divided(**dataclasses.asdict(args))[1])
+    assert plan == {
+        "training data": f"{path}, 16 pairs (dropped: none; held out for the test: 2; weights: +8)",
+        "test data": "held out: 2 pairs of 2 prompts (TEST_SHARE 0.2)",
+        "data format": "plain, texts prompt, chosen, rejected; columns not used: id",
+    }
+    talks = write_rows(tmp_path / "b.jsonl", [{**FORMATS["text beside"][0], "prompt": "0?"}])
+    args.test_dataset_path = str(talks)
+    plan = T.describe_data(args, divided(**dataclasses.asdict(args))[1])
+    assert plan["test data"] == f"{talks}, 1 pairs (dropped: none)"
+    assert plan["data format"] == (
+        "train: plain, texts prompt, chosen, rejected; columns not used: id; "
+        "test: messages, chosen and rejected are lists of messages"
+    )
+    assert plan["data notice"] == (
+        "1 of 1 test prompts occur in the training data, too; "
+        "TEST_SHARE has no part: the test data is not held out of the training data"
+    )

@@ -466,6 +466,25 @@ def test_a_resumed_run_needs_the_same_settings_and_data(tmp_path):
     assert "had RANKS 1, not 2" in found[1] and "the train data has changed" in found[2]
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"test_share": 0.5}, ["had TEST_SHARE 0.1, not 0.5", "the train data has", "the test data has"]),
+        ({"train_dataset_path": "{}*2"}, ["the train data has"]),
+        ({"seed": 1}, ["had SEED 42, not 1"]),
+    ],
+)
+def test_a_resumed_run_needs_the_same_pairs_held_out(tmp_path, changes, said):
+    path = str(write_rows(tmp_path / "train.jsonl", ROWS))
+    args = settings(tmp_path, train_dataset_path=path)
+    fill(tmp_path / "out/run", {"run_settings.json": json.dumps(recorded(args, ONE_RANK))})
+    for name, value in changes.items():
+        setattr(args, name, value.format(path) if isinstance(value, str) else value)
+    found = resume_problems(args, ONE_RANK)
+    assert len(found) == len(said) and all(phrase in line for phrase, line in zip(said, found, strict=True))
+
+
 @pytest.mark.parametrize("content", ["", '{"a": ', "null", "[1]", "[]", "{}", '"x"', '{"content": 1}', "[" * 100_000])
 def test_damaged_settings_of_an_interrupted_run_are_named(tmp_path, content):
     args = settings(tmp_path)
