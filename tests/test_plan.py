@@ -151,6 +151,7 @@ CONTENTS = {  # what is in the folder → its state, the newest complete checkpo
         "checkpoint-10",
     ),
     "started, nothing saved": ({"run_settings.json": "{}"}, "nothing", None),
+    "started, some updates, nothing saved": ({"run_settings.json": "{}", "metrics.jsonl": "{}\n"}, "nothing", None),
     "checkpoints of another program": ({"checkpoint-5/trainer_state.json": STATE}, "foreign", "checkpoint-5"),
     "a project": ({"README.md": "mine", "notes.txt": "mine"}, "foreign", None),
     "a hidden file": ({".keep": ""}, "foreign", None),

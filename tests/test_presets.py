@@ -62,8 +62,8 @@ def test_the_plan_says_where_beta_and_alpha_come_from(changes, words):
 def test_what_is_recorded_and_compared_is_what_was_used():
     """A preset and its values by hand are the same run; HParams shows the values."""
     named, by_hand = T.with_preset(T.ScriptArguments(preset="aggressive")), T.ScriptArguments(beta=0.1, alpha=0.2)
-    assert T.recorded_settings(named, ONE_RANK) == T.recorded_settings(by_hand, ONE_RANK)
-    assert T.recorded_settings(named, ONE_RANK)["beta"] == 0.1
+    assert T.recorded_settings(named, ONE_RANK, {}) == T.recorded_settings(by_hand, ONE_RANK, {})
+    assert T.recorded_settings(named, ONE_RANK, {})["beta"] == 0.1
     assert T.hyperparameters(named) == T.hyperparameters(by_hand) and T.hyperparameters(named)["alpha"] == 0.2
 
 

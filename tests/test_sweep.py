@@ -63,8 +63,8 @@ def test_what_is_no_list(flag, problem):
 
 def test_every_swept_setting_changes_what_is_trained():
     """None of them only says where, how fast or how a run goes: those are the same for all runs."""
-    recorded = T.recorded_settings(T.ScriptArguments(training_mode="ptuning"), ONE_RANK)
-    recorded |= T.recorded_settings(T.ScriptArguments(), ONE_RANK)
+    recorded = T.recorded_settings(T.ScriptArguments(training_mode="ptuning"), ONE_RANK, {})
+    recorded |= T.recorded_settings(T.ScriptArguments(), ONE_RANK, {})
     assert set(T.SWEPT) - {"preset"} <= set(recorded) and len(set(T.SWEPT)) == len(T.SWEPT)
 
 
@@ -175,7 +175,9 @@ def runs_and_recorded(flags):
     """The runs of a sweep and what each would record."""
     args, lists, problems = T.read_flags(flags)
     found, checked = T.check_sweep(args, lists, problems)
-    return found, [T.recorded_settings(run.args, devices) for run, (devices, _, _) in zip(found, checked, strict=True)]
+    return found, [
+        T.recorded_settings(run.args, devices, pairs) for run, (devices, pairs, _) in zip(found, checked, strict=True)
+    ]
 
 
 def fill(
