@@ -3,10 +3,11 @@ Llama 2, Llama 3, Gemma, GPT-2 and Qwen have; over-long ones lose their oldest e
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
-from conftest import CHATML, PREFERENCE, ROWS, write_rows
+from conftest import CHATML, PREFERENCE, ROWS, train, write_rows
 from test_tokenise import DROPS, END, REFUSES, ids, template_ids, variant
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -341,3 +342,27 @@ def test_plain_rows_and_message_lists_give_the_same_ids(tmp_path, tokenizer):
         pairs, report = T.read_pairs(path)
         found.append(T.tokens_digest(T.tokenize_pairs(pairs, report, made)))
     assert found[0] == found[1] == found[2]
+
+
+def test_a_run_on_conversations_with_a_share_held_out(tiny_run, tmp_path):
+    """Two sources of two formats, a weight, no test set."""
+    talks = [
+        {
+            name: as_messages((SYSTEM, ("user", f"{n}?"), ("assistant", "Yes.")), row["prompt"])
+            + [{"role": "assistant", "content": row[name]}]
+            for name in ("chosen", "rejected")
+        }
+        for n, row in enumerate(ROWS)
+    ]
+    write_rows(tmp_path / "talks.jsonl", talks)
+    variables = {**tiny_run, "TRAIN_DATASET_PATH": f"talks.jsonl*1.5,{tiny_run['TRAIN_DATASET_PATH']}"}
+    variables |= {"TEST_DATASET_PATH": "", "TEST_SHARE": "0.34", "EVAL_STEPS": "0"}
+    result = train(variables, tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    held = int(re.search(r"test data: (\d+) rows held out, \1 pairs used", result.stdout)[1])
+    assert held == 6  # 0.34 of 18 prompts, one row each
+    assert re.search(
+        r"train data: 18 rows read, \d+ pairs used, dropped: none; held out for the test: 6; ", result.stdout
+    )
+    assert "messages, chosen and rejected are lists of messages (talks.jsonl); plain, texts" in result.stdout
+    assert f"{PREFERENCE}\n\nYou cook.<|im_end|>" in result.stdout  # the example that is shown is a conversation
