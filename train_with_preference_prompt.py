@@ -4442,6 +4442,20 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def samples_text(prompts: Sequence[str], before: Sequence[Sequence[str]], after: Sequence[Sequence[str]]) -> str:
+    """Markdown with a table for each prompt, which has room for long answers.
+
+    Args:
+        before, after: answers to the prompts, plain ones and those with the prefix.
+    """
+    parts = []
+    for number, prompt in enumerate(prompts):
+        answers = [(moments[0][number], moments[1][number]) for moments in zip(before, after, strict=True)]
+        rows = [(name, *row) for name, row in zip(("plain", "with the prefix"), answers, strict=True)]
+        parts.append(f"**{table_cell(prompt)}**\n\n{table(('', 'before', 'after'), rows)}")
+    return "\n\n".join(parts)
+
+
 def release_shared_memory(rank: int) -> None:
     """Removes the name of DeepSpeed's communication buffer on the CPU, 69 MB of RAM that would outlive the process.
 
@@ -4498,9 +4512,7 @@ class RunCallback(TrainerCallback):
             prompts = [pair.source.shown_prompt for pair in self.trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
             with adapter_weights(self.trainer.model, self.trainer.start_weights):  # again the model that it was
                 before = self.answers(self.prompt_at_start)
-            answers = (*before, *self.answers(self.trainer.soft_prompt))
-            header = [f"{moment}{prefix}" for moment in ("before", "after") for prefix in ("", ", with the prefix")]
-            self.trainer.log({SAMPLES_TAG: table(("prompt", *header), zip(prompts, *answers, strict=True))})
+            self.trainer.log({SAMPLES_TAG: samples_text(prompts, before, self.answers(self.trainer.soft_prompt))})
 
 
 # ======================================================================================================================
@@ -4581,10 +4593,8 @@ def require_finite_scores(scores: Mapping[str, torch.Tensor], dataset: PairDatas
     """Raises RunError where log-probabilities are not finite: the rows."""
     broken = torch.stack([~logps.isfinite().all(dim=1) for logps in scores.values()]).any(dim=0).nonzero().flatten()
     if len(broken):
-        rows = describe_rows([dataset.pairs[index].source.row for index in broken.tolist()])
-        raise RunError(
-            f"log-probabilities are not finite for {rows} of the test data; look at the pairs, or the weights"
-        )
+        rows = places_of(dataset.pairs[index].source for index in broken.tolist())
+        raise RunError(f"log-probabilities are not finite for {rows}; look at the pairs, or at the model's weights")
 
 
 def evaluation_results(
@@ -4597,12 +4607,13 @@ def evaluation_results(
     """
     plain, prefixed, reference = scores["base"], scores["pref"], scores.get("reference")
     judged = prefixed if args.trains_prefix else plain  # what the adapter was trained for
+    start = plain if reference is None else reference  # a model alone is its own reference
     differences = torch.tensor([len(pair.chosen_ids) - len(pair.rejected_ids) for pair in dataset.pairs])
     rewards = {} if reference is None else reward_metrics(judged, reference, args.beta)
     right = margins_of(judged) > 0 if reference is None else rewards["accuracy"] > 0
     bins = torch.tensor([bisect.bisect_left(LENGTH_BOUNDS, difference) for difference in differences.tolist()])
     sums = MetricSums()
-    sums.add(rewards | condition_metrics(plain, prefixed), torch.ones(len(plain)))
+    sums.add(rewards | condition_metrics(plain, prefixed, start), torch.ones(len(plain)))
     means, *_ = sums.means()
     accuracy, length = share_of(right), length_baseline(differences)
     return {

@@ -131,6 +131,7 @@ WRONG_TYPE = {
     "resume": "perhaps",
     "overwrite": "2",
     "plan": "dry",
+    "evaluate_only": "score",
     "sweep_table": "all",
 }
 

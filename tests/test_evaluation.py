@@ -243,7 +243,7 @@ def test_settings_that_do_not_go_together(flags, words):
 def test_log_probabilities_that_are_not_finite_name_their_row():
     dataset = T.PairDataset([T.TokenizedPair([1], [1], [1], [1], T.Pair("p", "c", "r", row)) for row in (4, 9)])
     scores = {"base": torch.zeros(2, 2), "pref": torch.tensor([[0.0, 0.0], [0.0, math.nan]])}
-    with pytest.raises(T.RunError, match="not finite for row 9 of the test data"):
+    with pytest.raises(T.RunError, match="not finite for row 9; look at the pairs"):
         T.require_finite_scores(scores, dataset)
 
 
