@@ -803,7 +803,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, 
 
 
 # ======================================================================================================================
-# 3 · Data — reads preference pairs and says which rows cannot be used; knows no tokenizer.
+# 3 · Data — what a preference pair is, and what is reported of the rows that pairs come from.
 # ======================================================================================================================
 
 MAX_LISTED_PROBLEMS = 5
@@ -947,7 +947,9 @@ class Table(NamedTuple):
     notices: tuple[str, ...] = ()
 
 
-# --- from bytes to records
+# ======================================================================================================================
+# 4 · Records — files of every kind → records with their row numbers; knows no pairs.
+# ======================================================================================================================
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -1173,7 +1175,9 @@ def read_file(path: Path) -> Iterator[tuple[int, Any]]:
         yield from READERS.get(file_suffix(path), read_json_lines)(path, file)
 
 
-# --- from records to pairs
+# ======================================================================================================================
+# 5 · Formats — a record of any format → a pair, and which rows cannot be used; knows no files.
+# ======================================================================================================================
 
 ROLES = ("system", "user", "assistant")
 TOOL_ROLES, TOOL_FIELDS = ("tool", "function", "ipython"), ("tool_calls", "function_call")
@@ -1436,7 +1440,9 @@ def read_table(table: Table, data_format: str = "auto") -> tuple[list[Pair], Dat
     return [pair for pair in pairs if teaches(pair, report)], report
 
 
-# --- from sources to data sets
+# ======================================================================================================================
+# 6 · Sources — files, folders and hub ids → the training and the test set; knows no tokenizer.
+# ======================================================================================================================
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -1640,7 +1646,7 @@ def pairs_digest(pairs: Iterable[Pair]) -> str:
 
 
 # ======================================================================================================================
-# 4 · Prefix — the one answer to "what guides this example?"; knows no batches.
+# 7 · Prefix — the one answer to "what guides this example?"; knows no batches.
 # ======================================================================================================================
 
 Messages = list[dict[str, str]]
@@ -1820,7 +1826,7 @@ def as_soft_prompt(value: Any, hidden_size: int | None) -> torch.Tensor:
 
 
 # ======================================================================================================================
-# 5 · Tokenise — pair + prefix → token ids; the only truncation policy.
+# 8 · Tokenise — pair + prefix → token ids; the only truncation policy.
 # ======================================================================================================================
 
 
@@ -2190,7 +2196,7 @@ def describe_example(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) ->
 
 
 # ======================================================================================================================
-# 6 · Batch — packs pairs into one row without padding; touches no model.
+# 9 · Batch — packs pairs into one row without padding; touches no model.
 # ======================================================================================================================
 
 
@@ -2354,7 +2360,7 @@ class PairLoader(DataLoader):
 
 
 # ======================================================================================================================
-# 7 · Files — writes so that nothing is lost, says why it failed; which checkpoints are complete; the reference's cache.
+# 10 · Files — writes so that nothing is lost, says why it failed; which checkpoints are complete; the reference's cache.
 # ======================================================================================================================
 
 
@@ -2566,7 +2572,7 @@ class ReferenceCache:
 
 
 # ======================================================================================================================
-# 8 · Model — finds, converts and loads the base model and its tokenizer, and adds what is trained: LoRA or soft prompt.
+# 11 · Model — finds, converts and loads the base model and its tokenizer, and adds what is trained: LoRA or soft prompt.
 # ======================================================================================================================
 
 
@@ -3052,7 +3058,7 @@ def add_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
 
 
 # ======================================================================================================================
-# 9 · Forward — packed row → log-probabilities; policy, teacher, reference and evaluation all come through here.
+# 12 · Forward — packed row → log-probabilities; policy, teacher, reference and evaluation all come through here.
 # ======================================================================================================================
 
 TREE_ATTENTION = "packed_trees"
@@ -3436,7 +3442,7 @@ def unpacked_logps(
 
 
 # ======================================================================================================================
-# 10 · Loss — pure functions of log-probabilities.
+# 13 · Loss — pure functions of log-probabilities.
 # ======================================================================================================================
 
 
@@ -3571,7 +3577,7 @@ def ptuning_loss(
 
 
 # ======================================================================================================================
-# 11 · Logging — sums metrics on the device, reduces them over the ranks once per logging step, writes the tags.
+# 14 · Logging — sums metrics on the device, reduces them over the ranks once per logging step, writes the tags.
 # ======================================================================================================================
 
 
@@ -3783,7 +3789,7 @@ class LossProgressCallback(ProgressCallback):
 
 
 # ======================================================================================================================
-# 12 · Trainer — thin overrides of transformers.Trainer; holds no maths.
+# 15 · Trainer — thin overrides of transformers.Trainer; holds no maths.
 # ======================================================================================================================
 
 NEVER = 2**31  # "every so many updates" that never come
@@ -4041,7 +4047,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
 
 
 # ======================================================================================================================
-# 13 · Around the updates — memory probe, reference pass, self-checks around the first update, sample answers.
+# 16 · Around the updates — memory probe, reference pass, self-checks around the first update, sample answers.
 # ======================================================================================================================
 
 COMPARED_PAIRS = 2  # with the model's own forward passes
@@ -4516,7 +4522,7 @@ class RunCallback(TrainerCallback):
 
 
 # ======================================================================================================================
-# 14 · Evaluation — what a saved adapter is worth on a data set: shares with their intervals, beside what length gives.
+# 17 · Evaluation — what a saved adapter is worth on a data set: shares with their intervals, beside what length gives.
 # ======================================================================================================================
 
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
@@ -4679,7 +4685,7 @@ def evaluation_table(results: Mapping[str, Any]) -> str:
 
 
 # ======================================================================================================================
-# 15 · Saving — adapter, merged weights, soft prompt, model card; what was written is opened again and compared.
+# 18 · Saving — adapter, merged weights, soft prompt, model card; what was written is opened again and compared.
 # ======================================================================================================================
 
 
@@ -4982,7 +4988,7 @@ From the folder of the trainer:
 
 
 # ======================================================================================================================
-# 16 · Plan — devices, output folder, everything that can be checked before anything is loaded; what will be done.
+# 19 · Plan — devices, output folder, everything that can be checked before anything is loaded; what will be done.
 # ======================================================================================================================
 
 
@@ -5644,7 +5650,7 @@ def unused_path(folder: Path, name: str) -> Path:
 
 
 # ======================================================================================================================
-# 17 · Sweep — one run for each combination of listed values: which there are, what became of them, how they compare.
+# 20 · Sweep — one run for each combination of listed values: which there are, what became of them, how they compare.
 # ======================================================================================================================
 
 MAX_SWEEP_RUNS, MAX_RUN_NAME = 1000, 200
@@ -5943,7 +5949,7 @@ def show_results(runs: Sequence[SweepRun], failed: Mapping[str, str], pairs: int
 
 
 # ======================================================================================================================
-# 18 · Main — parse, check, build, train, save; or evaluate.
+# 21 · Main — parse, check, build, train, save; or evaluate.
 # ======================================================================================================================
 
 
