@@ -1,6 +1,7 @@
 """README: every variable, flag, path and command in it is real, and the Chinese one says the same."""
 
 import re
+import shlex
 
 import pytest
 from conftest import PROJECT
@@ -64,7 +65,7 @@ def test_files_exist(name):
     paths = {path for piece in pieces for path in re.findall(pattern, piece)}
     paths |= set(re.findall(r"\]\(([^)]+\.md)\)", TEXT[name]))
     outputs = set(re.findall(pattern, TEXT[name].split("model_output/Preference_Guided_DPO/  ")[1].split("\n\n")[0]))
-    outputs |= {"pairs.jsonl", "result.json"}  # the user's
+    outputs |= {"pairs.jsonl", "pairs.json", "result.json", "scores.json", "BETA_ALPHA.md"}  # the user's, and a sweep's
     missing = [p for p in paths - outputs if not p.startswith(made_by_a_run) and not (PROJECT / p).exists()]
     assert {"fast_train.sh", "tests/run.sh"} <= {path.removeprefix("./") for path in paths} and missing == []
 
@@ -118,5 +119,5 @@ def test_the_variables_set_in_commands_are_the_launchers(name):
     commands = [piece for piece in code(TEXT[name]) if piece.endswith("./fast_train.sh") and "=" in piece]
     assert len(commands) >= 5
     for command in commands:
-        words = command.split()[:-1]
+        words = shlex.split(command)[:-1]
         assert words and {word.split("=")[0] for word in words} <= set(DESIGN_VARIABLES), command
