@@ -47,6 +47,7 @@ import resource
 import shlex
 import shutil
 import socket
+import statistics
 import sys
 import tempfile
 import time
@@ -223,6 +224,10 @@ class InputError(ValueError):
         self.problems = list(problems)
         super().__init__("\n".join(f"- {problem}" for problem in problems))
 
+    def __reduce__(self):
+        """As it was made, also where another process raised it."""
+        return type(self), tuple(self.problems)
+
 
 class RunError(RuntimeError):
     """A run that had begun cannot go on (exit status 1); all ranks find the same."""
@@ -307,7 +312,9 @@ class ScriptArguments:
     train_dataset_path: str = setting(
         "", "Files, folders or hub ids separated by commas, each with an optional weight *2; empty: the bundled pairs."
     )
-    test_dataset_path: str = setting("", "The same, held out; empty: a share of the training data, or the bundled one.")
+    test_dataset_path: str = setting(
+        "", "The same without weights, held out; empty: a share of the training data, or the bundled one."
+    )
     test_share: float = setting(0.1, "Share of the training prompts that is held out when no test data is named.")
     data_format: str = setting("auto", "auto, plain, messages, repeated (answers repeat the prompt) or transcript.")
     max_length: int = setting(300, "Most tokens of prompt and answer together, prefix not counted; answers are cut.")
@@ -356,7 +363,7 @@ class ScriptArguments:
     evaluate_only: bool = setting(
         False, "Score the test data with the adapter in adapter_path (empty: with the model alone), and train nothing."
     )
-    evaluation_file: str = setting("", "JSON file, not there yet, for what evaluate_only found.")
+    evaluation_file: str = setting("", "JSON file, not there yet, for what an evaluation found.")
     sweep_table: bool = setting(False, "Print the table of a sweep's results, and stop.")
     sweep_failed: str = setting("", "The sweep's runs that failed, for the table: NAME:STATUS, separated by spaces.")
 
@@ -375,8 +382,9 @@ class ScriptArguments:
         """The settings that have no part in this mode, or in an evaluation."""
         if self.evaluate_only:
             of_text = () if self.training_mode == "text" else ("preference_text",)
-            of_data = ("train_dataset_path",) if "test" in self.sources else ()
-            return NOT_USED["evaluation"] + of_text + of_data + (() if self.adapter_path else ("beta",))
+            of_data = ("train_dataset_path", "test_share") if "test" in self.sources else ()
+            of_adapter = () if self.adapter_path else ("beta", "preset", "adapter_reference")
+            return NOT_USED["evaluation"] + of_text + of_data + of_adapter
         random_start = self.trains_prefix and self.prompt_init == "random"
         of_adapter = LORA_SHAPE if self.adapter_path and not self.trains_prefix else ()
         return NOT_USED.get(self.training_mode, ()) + (("preference_text",) if random_start else ()) + of_adapter
@@ -1190,6 +1198,8 @@ Parsed = tuple[str, str, str, tuple[Message, ...] | None]  # prompt, chosen, rej
 
 def checked_text(value: Any, where: str) -> str:
     """The value, which must be a string; ValueError for any other."""
+    if isinstance(value, ValueError):
+        raise ValueError(f"{where}: {value}")
     if not isinstance(value, str):
         raise ValueError(f"{where} is {type(value).__name__}, not a string")
     if SURROGATES.search(value):
@@ -1230,7 +1240,8 @@ def message_list(value: Any) -> list | None:
             found = json.loads(value, **JSON_OPTIONS)
         except (ValueError, RecursionError):
             return None
-        value = found if all(isinstance(item, ValueError) or "role" in item for item in found) else None
+        messages = (isinstance(item, ValueError) or (isinstance(item, dict) and "role" in item) for item in found)
+        value = found if all(messages) else None
     return value if isinstance(value, list) else None
 
 
@@ -1238,6 +1249,9 @@ def message_content(value: Any, where: str) -> str:
     """The text of a message; of parts, which must all be text, the parts joined."""
     if not isinstance(value, list):
         return checked_text(value, f"the content of {where}")
+    broken = next((part for part in value if isinstance(part, ValueError)), None)
+    if broken:
+        raise ValueError(f"a part of {where}: {broken}")
     kinds = {str(part.get("type")) if isinstance(part, dict) else type(part).__name__ for part in value}
     if kinds - {"text"}:
         raise ValueError(f"{where} holds a part of kind {shortened(repr(min(kinds - {'text'})))}; {NO_TOOLS}")
@@ -2173,10 +2187,10 @@ def tokens_digest(pairs: Iterable[TokenizedPair], conditions: Sequence[str] = ("
 
 def describe_lengths(pairs: Sequence[TokenizedPair]) -> str:
     """Median and longest prompt and answer, in tokens."""
-    prompts = sorted(len(pair.prompt_ids) for pair in pairs)
-    answers = sorted(len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids))
+    prompts = [len(pair.prompt_ids) for pair in pairs]
+    answers = [len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     parts = (("prompt", prompts), ("answer", answers))
-    return ", ".join(f"{name} {n[len(n) // 2]} tokens (longest {n[-1]})" for name, n in parts)
+    return ", ".join(f"{name} {statistics.median(n):g} tokens (longest {max(n)})" for name, n in parts)
 
 
 def describe_example(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -3861,6 +3875,10 @@ def precision_dtype(precision: str, on_gpu: bool) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def score_pairs(
     settings: ScriptArguments, policy: PeftModel, model: nn.Module, batch: Mapping[str, Any], guided: bool
 ) -> dict[str, torch.Tensor]:
@@ -4898,6 +4916,8 @@ def card_commands(args: ScriptArguments, base_path: str, folder: str) -> str:
     settings |= {name: getattr(args, name) for name in names if getattr(args, name) != getattr(ScriptArguments, name)}
     flags = " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in settings.items())
     going_on = {"ADAPTER_PATH": folder, "ADAPTER_REFERENCE": "base", "POLICY_MODEL_PATH": base_path}
+    guidance = ("training_mode", "prompt_embedding_path", "preference_text")
+    going_on |= {name.upper(): str(settings[name]) for name in guidance if name in settings}
     if args.trains_prefix:
         going_on = {"TRAINING_MODE": "embedding", "PROMPT_EMBEDDING_PATH": f"{folder}/{SOFT_PROMPT}"}
         going_on |= {"POLICY_MODEL_PATH": base_path}
@@ -4924,9 +4944,9 @@ def card_training(trainer: PreferenceGuidedDPOTrainer) -> dict[str, Any]:
         "updates": f"{state.global_step} ({args.num_epochs:g} epoch(s))",
         "pairs per update": f"{ranks * args.gradient_accum_steps} ({ranks} × {args.gradient_accum_steps})",
         "time": f"{datetime.timedelta(seconds=round(seconds))}" + (" since it was resumed" if args.resume else ""),
-        "pairs per second, median of the updates": f"{torch.tensor(speeds).median():.2f}" if speeds else "none",
+        "pairs per second, median of the updates": f"{statistics.median(speeds):.2f}" if speeds else "none",
         "peak memory": describe_peak_memory(trainer),
-        "device": f"{place}, {str(trainer.model.get_base_model().dtype).removeprefix('torch.')}",
+        "device": f"{place}, {dtype_name(trainer.model.get_base_model().dtype)}",
         "versions": f"Python {platform.python_version()}, {versions}",
     }
 
@@ -4935,7 +4955,7 @@ def model_card(trainer: PreferenceGuidedDPOTrainer, base_path: str, reports: Map
     """The output folder's README.md: how to use the model, data, metrics, training and settings."""
     first, last = first_and_last_evaluation(trainer)
     args, folder = trainer.settings, trainer.args.output_dir
-    data = ((split, r.path, r.rows, r.usable, r.describe_dropped()) for split, r in reports.items())
+    data = ((split, r.path, r.rows, r.usable, r.describe_changes()) for split, r in reports.items())
     held_out = (tags[1] for tags in TAGS.values() if tags[1] in first and tags[1] in last)
     metrics = ((tag, f"{first[tag]:.4f}", f"{last[tag]:.4f}") for tag in held_out)
     of_start = (*LAUNCHERS_OWN, "resume", "overwrite", "evaluate_only", *args.not_used)
@@ -4971,7 +4991,7 @@ From the folder of the trainer:
 
 ## Data
 
-{table(("set", "source", "rows", "pairs used", "dropped"), data)}
+{table(("set", "source", "rows", "pairs used", "changes"), data)}
 
 ## Held-out metrics
 
@@ -5056,10 +5076,12 @@ def run_state(output_dir: Path) -> str:
     if not output_dir.is_dir():
         return "foreign" if output_dir.exists() else "nothing"
     names = {path.name for path in output_dir.iterdir()}
-    if names <= {RUN_SETTINGS, f".{RUN_SETTINGS}", METRICS_FILE, f".{METRICS_FILE}"}:
+    if names <= {RUN_SETTINGS, f".{RUN_SETTINGS}"}:
         return "nothing"
     if RUN_SETTINGS not in names:
         return "foreign"
+    if names <= {RUN_SETTINGS, f".{RUN_SETTINGS}", METRICS_FILE, f".{METRICS_FILE}"}:
+        return "nothing"
     return "finished" if MODEL_CARD in names else "unfinished"
 
 
@@ -5242,11 +5264,11 @@ def evaluation_settings(args: ScriptArguments) -> ScriptArguments:
     return dataclasses.replace(args, training_mode=mode, policy_model_path=args.policy_model_path or base)
 
 
-def run_differences(args: ScriptArguments) -> list[str]:
+def run_differences(args: ScriptArguments, test_pairs: Sequence[Pair]) -> list[str]:
     """Settings in which the run that made the adapter differs from the evaluation, so that its figures differ too."""
     try:
-        recorded = dict(json.loads((expanded(args.adapter_path) / RUN_SETTINGS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        recorded = settings_in(expanded(args.adapter_path))
+    except ValueError:
         return []  # not made by this program
     compared = [name for name in ("training_mode", *EVALUATION_SETTINGS) if name not in args.not_used]
     found = [
@@ -5256,6 +5278,8 @@ def run_differences(args: ScriptArguments) -> list[str]:
     ]
     if recorded.get("adapter_reference") == "adapter":
         found.append("ADAPTER_REFERENCE 'adapter': its rewards were counted from the adapter that it started from")
+    if "test" not in args.sources and recorded["content"].get("the test data") != pairs_digest(test_pairs):
+        found.append("other test data, so that it may have been trained on pairs that are held out here")
     return found
 
 
@@ -5410,7 +5434,9 @@ def check_inputs(
         pass  # no LoRA adapter
     elif config is not None:
         check(lora, lambda: add_adapter(lay_out(config), args))
-    elif args.adapter_path:
+    elif args.adapter_path and not (
+        args.evaluate_only and "policy_model_path" in wrong
+    ):  # of which kind it is, is open
         check(lora, read_adapter, args.adapter_path, args.lora_dropout)
     devices = check(
         {"gpu_nodes", "cpu_ranks"}, lambda: resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus())
@@ -5474,7 +5500,7 @@ def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, Da
         + ("" if args.trains_prefix else f", α {args.alpha:g}")
         + describe_preset(args),
         "trained": f"{trained}, learning rate {args.peak_learning_rate:g}",
-        "devices": f"{devices}, {str(precision_dtype(args.precision, devices.on_gpu)).removeprefix('torch.')}",
+        "devices": f"{devices}, {dtype_name(precision_dtype(args.precision, devices.on_gpu))}",
         "reference": f"{describe_reference(args)}; {kept}" if args.adapter_path else kept,
         "output": describe_output(args),
         "TensorBoard": args.log_dir,
@@ -5505,38 +5531,50 @@ def describe_preset(args: ScriptArguments) -> str:
     return f" (from PRESET={args.preset}" + (f", in the place of {' and '.join(replaced)})" if replaced else ")")
 
 
-def describe_evaluation(args: ScriptArguments, devices: Devices, report: DataReport) -> str:
+def describe_evaluation(
+    args: ScriptArguments, devices: Devices, pairs: Mapping[str, Sequence[Pair]], reports: Mapping[str, DataReport]
+) -> str:
     """What an evaluation will do, for a person to read before it starts."""
     adapter = args.adapter_path or "none: the model alone"
     lines = {
         "model": args.policy_model_path or str(BUNDLED_MODEL_DIR),
-        "adapter": f"{args.adapter_path}, a soft prompt" if args.trains_prefix else adapter,
+        "adapter": f"{args.adapter_path}, a soft prompt{other_base(args)}" if args.trains_prefix else adapter,
         "reference": describe_reference(dataclasses.replace(args, adapter_reference="base")),
         "preference": describe_prefix(args),
-        "test data": describe_test_data(args, report),
-        "device": f"{'GPU' if devices.on_gpu else 'CPU'}, {precision_dtype(args.precision, devices.on_gpu)}",
+        "test data": describe_test_data(args, reports["test"]),
+        "data format": "; ".join(report.describe_format() for report in reports.values() if report.formats),
+        "device": f"{'GPU' if devices.on_gpu else 'CPU'}, {dtype_name(precision_dtype(args.precision, devices.on_gpu))}",
     }
     if not args.adapter_path:
         del lines["reference"]
     elif not args.trains_prefix:
         lines["adapter"] = describe_adapter(args)
-    if args.adapter_path and (differences := run_differences(args)):
-        lines["notice"] = f"other figures than those of the run that made the adapter: it had {'; '.join(differences)}"
+    notices = [notice for report in reports.values() for notice in report.notices]
+    if args.adapter_path and (unlike := run_differences(args, pairs["test"])):
+        notices.append(f"other figures than those of the run that made the adapter: it had {'; '.join(unlike)}")
     idle = [name for name in args.not_used if getattr(args, name) != getattr(ScriptArguments, name)]
     if idle:
-        lines["not used"] = f"{', '.join(map(str.upper, idle))} (no part in an evaluation)"
-    return "\n".join(f"  {name:<17} {text}" for name, text in lines.items())
+        lines["not used"] = f"{', '.join(map(str.upper, idle))} (no part in this evaluation)"
+    shown = [*lines.items(), *(("notice", notice) for notice in notices)]
+    return "\n".join(f"  {name:<17} {text}" for name, text in shown if text)
+
+
+def other_base(args: ScriptArguments) -> str:
+    """A remark where the adapter to continue from, or to evaluate, names another base model."""
+    base = adapter_settings(args.adapter_path).get("base_model_name_or_path")
+    model = args.policy_model_path or str(BUNDLED_MODEL_DIR)
+    if isinstance(base, str) and base and (base == model or expanded(base).resolve() == expanded(model).resolve()):
+        return ""
+    return f"; it was made for {base or 'a model that it does not name'}: be sure that it is this one"
 
 
 def describe_adapter(args: ScriptArguments) -> str:
     """The LoRA adapter that is trained, in the plan."""
     if not args.adapter_path:
         return f"LoRA, r {args.lora_r}"
-    settings = adapter_settings(args.adapter_path)
-    base, model = settings.get("base_model_name_or_path"), args.policy_model_path or str(BUNDLED_MODEL_DIR)
-    same = base and (base == model or expanded(base).resolve() == expanded(model).resolve())
-    other = "" if same else f"; it was made for {base or 'a model that it does not name'}: be sure that it is this one"
-    return f"the LoRA adapter in {args.adapter_path} (r {settings['r']}, α {settings['lora_alpha']}){other}"
+    settings = LoraConfig().to_dict() | adapter_settings(args.adapter_path)
+    size = f"(r {settings['r']}, α {settings['lora_alpha']})"
+    return f"the LoRA adapter in {args.adapter_path} {size}{other_base(args)}"
 
 
 def describe_prefix(args: ScriptArguments) -> str:
@@ -5583,6 +5621,14 @@ def launch_settings(args: ScriptArguments, devices: Devices) -> str:
         threads = devices.threads_per_rank
         settings |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": devices.ranks, "OMP_NUM_THREADS": threads}
     return "\n".join(f"{name}={value}" for name, value in settings.items())
+
+
+def with_absolute_folders(args: ScriptArguments) -> ScriptArguments:
+    """The folders that are written to by their whole paths: one that is moved aside may hold the working folder."""
+    folders = {"output_dir": os.path.abspath(args.output_path), "log_dir": os.path.abspath(args.log_path)}
+    if args.reference_cache and args.reference_cache_path:
+        folders["reference_cache"] = os.path.abspath(args.reference_cache_path)
+    return dataclasses.replace(args, **folders)
 
 
 def make_way(args: ScriptArguments) -> Path | None:
@@ -5712,7 +5758,8 @@ def list_problems(args: ScriptArguments, lists: Mapping[str, Sequence[Any]]) -> 
         if len(set(values)) < len(values):
             problems.append(f"{where}: names a value twice; name each once")
         if name in args.not_used:
-            what = f"it has no part in {args.training_mode} mode, so these runs would be the same"
+            mode = f"{args.training_mode} mode{' with ADAPTER_PATH' if args.adapter_path else ''}"
+            what = f"it has no part in {mode}, so these runs would be the same"
             problems.append(f"{where}: {what}; name one value")
     if (runs := math.prod(map(len, lists.values()))) > MAX_SWEEP_RUNS:
         problems.append(f"the lists make {runs} runs, more than {MAX_SWEEP_RUNS}; shorten them")
@@ -5963,7 +6010,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     flags, lists, problems = read_flags(argv)
-    if lists and (flags.plan or flags.sweep_table):
+    if lists and (flags.plan or flags.sweep_table) and not flags.evaluate_only:
         sweep(flags, lists, problems)
         return
     args, problems = read_arguments(argv)
@@ -5992,13 +6039,14 @@ def evaluate(args: ScriptArguments, problems: Sequence[str]) -> None:
     found, failed = problems_of(evaluation_settings, args)
     args = found or args
     devices, pairs, reports = check_inputs(args, [*problems, *failed])
-    print(describe_evaluation(args, devices, reports["test"]), file=sys.stderr, flush=True)
+    print(describe_evaluation(args, devices, pairs, reports), file=sys.stderr, flush=True)
     if args.plan:
         return
     model_path = resolve_model_path(args.policy_model_path)
     config, tokenizer = load_config_and_tokenizer(model_path, args.policy_model_path)
     prefix, start = choose_prefix(args, config, tokenizer)
     dataset = tokenize_datasets(args, config, tokenizer, prefix, {"test": pairs["test"]}, reports)["test"]
+    print(describe_rows_used("test", reports["test"], dataset), file=sys.stderr, flush=True)
     model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
     scores = score_in_memory(args, model, evaluation_device(devices), start, dataset)
     require_finite_scores(scores, dataset)
@@ -6006,7 +6054,7 @@ def evaluate(args: ScriptArguments, problems: Sequence[str]) -> None:
     print(evaluation_table(results), flush=True)
     if args.evaluation_file:
         path = expanded(args.evaluation_file)
-        kept = {name: value for name, value in dataclasses.asdict(args).items() if name not in args.not_used}
+        kept = {name: value for name, value in hyperparameters(args).items() if name not in args.not_used}
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"settings": kept, "dropped": reports["test"].describe_dropped(), **results})
@@ -6047,14 +6095,6 @@ def score_in_memory(
         what = f"{describe('pairs_per_forward', size)}: so many do not fit into memory; lower it"
         raise InputError(what if size > 1 else memory_problem(args, "one pair does not fit into memory", device))
     return scores
-
-
-def with_absolute_folders(args: ScriptArguments) -> ScriptArguments:
-    """The folders that are written to by their whole paths: one that is moved aside may hold the working folder."""
-    folders = {"output_dir": os.path.abspath(args.output_path), "log_dir": os.path.abspath(args.log_path)}
-    if args.reference_cache and args.reference_cache_path:
-        folders["reference_cache"] = os.path.abspath(args.reference_cache_path)
-    return dataclasses.replace(args, **folders)
 
 
 def sweep(args: ScriptArguments, lists: Mapping[str, Sequence[Any]], problems: Sequence[str]) -> None:
@@ -6277,18 +6317,23 @@ def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
 
 
+def describe_rows_used(split: str, report: DataReport, dataset: PairDataset) -> str:
+    """What became of the rows of a data set, for a person."""
+    read = "held out" if report.prompts else "read"
+    return (
+        f"{split} data: {report.rows} rows {read}, {len(dataset)} pairs used, {report.describe_changes()}; "
+        f"{describe_lengths(dataset.pairs)}; "
+        f"prompts cut: {report.truncated_prompts}, answers cut: {report.truncated_answers}"
+        + (f"; {report.describe_format()}" if report.formats else "")
+    )
+
+
 def print_data_report(
     reports: Mapping[str, DataReport], datasets: Mapping[str, PairDataset], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Rows read, dropped and cut, and one example as the model sees it."""
     for split, report in reports.items():
-        read = "held out" if report.prompts else "read"
-        print(
-            f"{split} data: {report.rows} rows {read}, {len(datasets[split])} pairs used, {report.describe_changes()}; "
-            f"{describe_lengths(datasets[split].pairs)}; "
-            f"prompts cut: {report.truncated_prompts}, answers cut: {report.truncated_answers}"
-            + (f"; {report.describe_format()}" if report.formats else "")
-        )
+        print(describe_rows_used(split, report, datasets[split]))
         for notice in report.notices:
             print(f"notice: {notice}")
     print("one example as the model sees it; what is scored stands between ⟦ and ⟧")
@@ -6329,10 +6374,11 @@ def describe_speed(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     seconds = [logs[UPDATE_PAIRS] / logs[PAIRS_PER_SECOND_TAG] for logs in updates]
     tokens = sum(logs[TOKENS_PER_SECOND_TAG] * time for logs, time in zip(updates, seconds, strict=True))
     total = sum(seconds)
+    speed = f"{pairs / total:.2f} pairs/s, {tokens / total:.0f} tokens/s" if total else "no update was timed"
     return {
         "updates": f"{len(updates)}, {pairs} pairs",
         "time": f"{duration(total)} for the updates",
-        "speed": f"{pairs / total:.2f} pairs/s, {tokens / total:.0f} tokens/s",
+        "speed": speed,
     }
 
 

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import gzip
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -633,6 +634,12 @@ MISTAKES = {  # name → (the second row, after a good one; what is said about i
         '{"chosen": [{"role": "user", "role": "user", "content": ""}], "rejected": []}',
         "message 1 of field 'chosen': field 'role' occurs twice",
     ),
+    "content twice": (
+        json.dumps(messages({**USER, "content": [{"type": "text", "text": ""}]}, ANSWER)).replace(
+            '"text": ""', '"text": "", "text": ""'
+        ),
+        "a part of message 1 of field 'chosen': field 'text' occurs twice",
+    ),
     "user at the end": (messages(USER), "field 'chosen' ends in a message of the user, not the assistant's answer"),
     "answer alone": ({"chosen": [ANSWER], "rejected": [OTHER]}, "has no field 'prompt'; it has 'chosen', 'rejected'"),
     "two answers in a row": (messages(USER, EARLIER[1], ANSWER), "has no message of the user right before the answer"),
@@ -656,6 +663,19 @@ def test_a_malformed_conversation_names_row_and_field(tmp_path, name):
     path = write_lines(tmp_path, json.dumps(good), bad if isinstance(bad, str) else json.dumps(bad))
     (problem,) = problems(path)
     assert problem.startswith(f"- data file {path}, row 2: ") and phrase in problem
+
+
+@pytest.mark.parametrize("answer", ['[{"role": "admin"}, null]', '[{"role": "admin"}, 3]', '[{"role": 1}, "a role"]'])
+def test_an_answer_that_is_json_but_no_messages_is_a_text(tmp_path, answer):
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "Which roles?", "chosen": answer, "rejected": "None."}])
+    (pair,), report = T.read_pairs(path)
+    assert pair.chosen == answer and list(report.formats) == ["plain"]
+
+
+def test_an_error_of_another_process_is_the_same():
+    error = T.InputError("row 9: no", "row 10: no")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) == "- row 9: no\n- row 10: no" and again.problems == error.problems
 
 
 def test_messages_as_python_prints_them_are_an_error(tmp_path):

@@ -1,11 +1,14 @@
 """Evaluation: intervals and yardsticks by hand, and the very figures of a run's last held-out evaluation."""
 
+import dataclasses
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
+from pathlib import Path
 
 import forkserver
 import pytest
@@ -167,7 +170,7 @@ def test_the_model_alone_and_another_setting(runs, tiny_run, tmp_path):
     for tag in ("preference_metrics/base_margin_eval", "preference_metrics/pref_margin_eval"):
         assert found["metrics"][tag] == pytest.approx(series(runs["text"], tag)[0], rel=1e-6)
     assert found["accuracy"] == found["plain"]["margin_above_0"]
-    assert "not used          LORA_R (no part in an evaluation)" in result.stderr
+    assert "not used          LORA_R (no part in this evaluation)" in result.stderr
     assert "none: the model alone" in result.stderr
 
 
@@ -176,8 +179,39 @@ def test_another_setting_than_the_runs_is_said(runs, tiny_run, tmp_path):
     said = evaluate(tmp_path, *flags, "--plan")[0].stderr
     assert "it had BETA 0.1, not 0.05" in said and list(tmp_path.iterdir()) == []
     settings = {"evaluate_only": True, "adapter_path": str(output_of(runs["embedding"])), "beta": 0.1}
-    (difference,) = T.run_differences(T.ScriptArguments(**settings, preference_text=PREFERENCE))
+    (difference,) = T.run_differences(T.ScriptArguments(**settings, preference_text=PREFERENCE), [])
     assert difference == "TRAINING_MODE 'embedding', not 'text'"
+
+
+def test_pairs_that_the_run_may_have_been_trained_on_are_no_held_out_ones_in_silence(runs, tiny_run):
+    """Held out of the run's own training data here: the run had test data of its own."""
+    settings = {"adapter_path": str(output_of(runs["text"])), "train_dataset_path": tiny_run["TRAIN_DATASET_PATH"]}
+    args = T.ScriptArguments(evaluate_only=True, **settings, beta=0.1, preference_text=PREFERENCE)
+    pairs = T.read_pairs(Path(tiny_run["TEST_DATASET_PATH"]))[0]
+    found = T.run_differences(args, pairs[1:])
+    assert [line for line in found if "trained on pairs" in line] == [
+        "other test data, so that it may have been trained on pairs that are held out here"
+    ]
+    assert not any("trained on pairs" in line for line in T.run_differences(args, pairs))
+    named = dataclasses.replace(args, test_dataset_path=tiny_run["TEST_DATASET_PATH"])
+    assert not any("trained on pairs" in line for line in T.run_differences(named, pairs[1:]))
+
+
+def test_an_evaluation_says_what_became_of_the_rows(runs, tiny_run, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(tiny_run["TEST_DATASET_PATH"], folder / "test.jsonl")
+    (folder / "notes.txt").write_text("mine")
+    flags = [flag for flag in settings_of("text", tiny_run, runs) if "test_dataset" not in flag]
+    said = evaluate(tmp_path, *flags, f"--test_dataset_path={folder}", "--max_length=81", "--max_prompt_length=80")[0]
+    assert "notes.txt" in said.stderr and "data format       plain" in said.stderr
+    assert "test data: 5 rows read, 5 pairs used, dropped: none" in said.stderr and "answers cut: " in said.stderr
+
+
+def test_a_list_is_no_sweep_of_evaluations(runs):
+    flags = ["--evaluate_only", f"--adapter_path={output_of(runs['text'])}", "--beta=0.01 0.05", "--plan=true"]
+    with pytest.raises(T.InputError, match="a list is a sweep"):
+        T.main(flags)
 
 
 def test_nothing_is_overwritten_and_all_problems_are_listed(runs, tiny_run, tmp_path):
@@ -320,7 +354,7 @@ def test_the_model_cards_commands_are_understood(mode, runs):
     evaluation, training = (line for line in block.splitlines() if not line.startswith("#"))
     args = parse(shlex.split(evaluation)[1:])
     settled = T.evaluation_settings(args)
-    assert settled.training_mode == mode and T.run_differences(settled) == []
+    assert settled.training_mode == mode and T.run_differences(settled, []) == []
     flags = [word.split("=", 1) for word in shlex.split(training)[:-1]]
     parse([f"--{name.lower()}={value}" for name, value in flags])
 

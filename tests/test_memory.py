@@ -340,7 +340,7 @@ def test_peak_memory_is_shown_and_kept(unlimited, tiny_run, tmp_path):
     weights = (Path(tiny_run["POLICY_MODEL_PATH"]) / "model.safetensors").stat().st_size
     assert max(weights, 50 * 2**20) < peak * 2**30 < 64 * 2**30
     assert f"peak memory  {peak:.2f} GiB\n" in result.stdout
-    assert f"Peak memory of the training: {peak:.2f} GiB." in (output_of(tmp_path) / T.MODEL_CARD).read_text()
+    assert f"| peak memory | {peak:.2f} GiB |" in (output_of(tmp_path) / T.MODEL_CARD).read_text()
 
 
 def test_the_peak_before_a_resumed_run_began_counts():

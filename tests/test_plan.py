@@ -152,6 +152,7 @@ CONTENTS = {  # what is in the folder → its state, the newest complete checkpo
     ),
     "started, nothing saved": ({"run_settings.json": "{}"}, "nothing", None),
     "started, some updates, nothing saved": ({"run_settings.json": "{}", "metrics.jsonl": "{}\n"}, "nothing", None),
+    "somebody's metrics": ({"metrics.jsonl": "{}\n"}, "foreign", None),
     "checkpoints of another program": ({"checkpoint-5/trainer_state.json": STATE}, "foreign", "checkpoint-5"),
     "a project": ({"README.md": "mine", "notes.txt": "mine"}, "foreign", None),
     "a hidden file": ({".keep": ""}, "foreign", None),

@@ -613,4 +613,4 @@ def test_the_example_shows_how_many_soft_embeddings_there_are(tokenizer, templat
 
 def test_lengths_are_medians_and_longest():
     made = [T.TokenizedPair([0] * p, [0] * 99, [0] * c, [0] * r, None) for p, c, r in ((3, 1, 7), (9, 2, 8), (4, 5, 3))]
-    assert T.describe_lengths(made) == "prompt 4 tokens (longest 9), answer 5 tokens (longest 8)"  # of 1 2 3 5 7 8
+    assert T.describe_lengths(made) == "prompt 4 tokens (longest 9), answer 4 tokens (longest 8)"  # of 1 2 3 5 7 8
