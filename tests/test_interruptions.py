@@ -60,7 +60,7 @@ def another_checkpoint(cwd, complete=False):
 
     def ready() -> bool:
         now = T.checkpoints(output_of(cwd))[-1:]
-        return now != newest and (not complete or (now[0] / T.CHECKPOINT_FILES).exists())
+        return bool(now) and now != newest and (not complete or (now[0] / T.CHECKPOINT_FILES).exists())
 
     return ready
 
