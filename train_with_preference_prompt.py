@@ -6405,6 +6405,8 @@ def program() -> None:
     """`main` as a program: what the user can mend is one message, with exit status 2 before a run began, else 1."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no library runs code that a tensor file asks for
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed finds it by trying, and warns
     try:
         main()
     except KeyboardInterrupt:

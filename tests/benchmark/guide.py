@@ -1,4 +1,4 @@
-"""Measures what the README's guide promises: the effect of each remedy on memory, speed and quality.
+"""Measures what the README's guide says: the effect of each remedy on memory, speed and quality.
 
     python tests/benchmark/guide.py memory speed --train pairs.jsonl --test held_out.jsonl --json result.json
     python tests/benchmark/guide.py quality
