@@ -1208,6 +1208,7 @@ def checked_text(value: Any, where: str) -> str:
 
 
 def require_field(record: Record, name: str) -> None:
+    """Raises ValueError, naming the fields that there are, where this one is not."""
     if name not in record:
         raise ValueError(f"has no field {name!r}; it has {shortened(', '.join(map(repr, record)) or 'none')}")
 
@@ -1219,6 +1220,7 @@ def text_field(record: Record, name: str) -> str:
 
 
 def parse_plain(record: Record) -> Parsed:
+    """A pair from texts prompt, chosen and rejected; ValueError naming the field that is wrong."""
     prompt, chosen, rejected = (text_field(record, name) for name in PAIR_FIELDS)
     if not prompt.strip():
         raise ValueError("field 'prompt' is empty")
@@ -1226,6 +1228,7 @@ def parse_plain(record: Record) -> Parsed:
 
 
 def parse_repeated(record: Record) -> Parsed:
+    """A pair from answers that begin with the prompt; ValueError naming the field that is wrong."""
     prompt, *answers, history = parse_plain(record)
     for name, answer in zip(PAIR_FIELDS[1:], answers, strict=True):
         if not answer.startswith(prompt):
@@ -1259,6 +1262,7 @@ def message_content(value: Any, where: str) -> str:
 
 
 def parse_message(message: Any, where: str) -> Message:
+    """Role and content of a message; ValueError saying what is wrong with it, and where it stands."""
     if isinstance(message, ValueError):
         raise ValueError(f"{where}: {message}")
     if not isinstance(message, dict):
@@ -1283,6 +1287,7 @@ def messages_field(record: Record, name: str, role: str) -> list[Message]:
 
 
 def parse_messages(record: Record) -> Parsed:
+    """A pair from lists of messages; ValueError naming the field, OtherConversation where they differ before the answer."""
     chosen, rejected = (messages_field(record, name, "assistant") for name in PAIR_FIELDS[1:])
     if chosen[0][0] == rejected[0][0] == "assistant":  # the prompt stands beside
         before = messages_field(record, "prompt", "user")
@@ -1291,6 +1296,7 @@ def parse_messages(record: Record) -> Parsed:
 
 
 def parse_transcript(record: Record) -> Parsed:
+    """A pair from transcripts "Human: … Assistant: …"; ValueError naming the field that is none."""
     before = "" if record.get("prompt") is None else text_field(record, "prompt")
     conversations = []
     for name in PAIR_FIELDS[1:]:
@@ -2117,7 +2123,7 @@ def pair_from_json(text: str) -> Pair:
 
 
 def tokenize_pairs(pairs: Sequence[Pair], report: DataReport, tokenize: PairTokenizer) -> list[TokenizedPair]:
-    """Tokenises all pairs of a file; from `MANY_PAIRS` on in several processes, and kept on disk.
+    """Tokenises all pairs of a data set; from `MANY_PAIRS` on in several processes, and kept on disk.
 
     Raises:
         InputError: no pair is left.
@@ -3876,6 +3882,7 @@ def precision_dtype(precision: str, on_gpu: bool) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as a person calls it."""
     return str(dtype).removeprefix("torch.")
 
 
