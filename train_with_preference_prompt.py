@@ -402,6 +402,11 @@ class ScriptArguments:
         return not (self.adapter_path and self.adapter_reference == "base")
 
     @property
+    def set_in_vain(self) -> list[str]:
+        """The settings that have no part and all the same another value than their default."""
+        return [name for name in self.not_used if getattr(self, name) != getattr(ScriptArguments, name)]
+
+    @property
     def conditions(self) -> tuple[str, ...]:
         """What a training step scores: the plain pairs, those with the prefix, or both (α = 0 is plain DPO)."""
         if self.trains_prefix:
@@ -1746,7 +1751,12 @@ def soft_prompt_file(path: Path) -> Path:
         raise ValueError(f"that folder has no {ADAPTER_CONFIG} of a PEFT prompt-tuning adapter{hint}") from None
     if kind not in SOFT_PROMPT_KINDS:
         raise ValueError(f"that folder holds a {shortened(repr(kind))} adapter, not one of prompt tuning{hint}")
-    files = [path / name for name in ADAPTER_FILES if (path / name).is_file()]
+    return adapter_weights_file(path, hint)
+
+
+def adapter_weights_file(folder: Path, hint: str) -> Path:
+    """The weights in an adapter's folder; ValueError, ending in the hint, where there are none."""
+    files = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
     if not files:
         raise ValueError(f"that folder has neither {' nor '.join(ADAPTER_FILES)}{hint}")
     return files[0]
@@ -1815,10 +1825,14 @@ def expected_soft_prompt(hidden_size: int | None) -> str:
     return f"expected one floating-point tensor (K, {hidden_size or 'hidden size'})"
 
 
+def is_dense(value: Any) -> bool:
+    """Whether a value is a tensor whose numbers are all there."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_nested)
+
+
 def soft_prompt_problem(value: Any, hidden_size: int | None) -> str | None:
     """Why a value has not the type or shape of a soft prompt."""
-    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_nested)
-    if not dense or not value.is_floating_point() or value.dim() not in (1, 2) or value.numel() == 0:
+    if not is_dense(value) or not value.is_floating_point() or value.dim() not in (1, 2) or value.numel() == 0:
         return f"holds {describe_tensor(value)}; {expected_soft_prompt(hidden_size)}"
     if value.dim() == 2 and len(value) > MAX_VIRTUAL_TOKENS:
         return f"holds {describe_tensor(value)}; a soft prompt has at most {MAX_VIRTUAL_TOKENS} embeddings"
@@ -2907,10 +2921,8 @@ def adapter_settings(path: str) -> dict[str, Any]:
 
 def adapter_files(path: str) -> list[Path]:
     """Configuration and weights of an adapter; ValueError where it has no weights."""
-    files = [expanded(path) / name for name in ADAPTER_FILES if (expanded(path) / name).is_file()]
-    if not files:
-        raise ValueError(f"that folder has neither {' nor '.join(ADAPTER_FILES)}; name a folder with both its files")
-    return [expanded(path) / ADAPTER_CONFIG, files[0]]
+    folder = expanded(path)
+    return [folder / ADAPTER_CONFIG, adapter_weights_file(folder, "; name a folder with both its files")]
 
 
 def adapter_refusal(settings: Mapping[str, Any]) -> str | None:
@@ -2971,8 +2983,7 @@ def read_adapter(path: str, dropout: float) -> tuple[LoraConfig, dict[str, torch
 
 def is_finite_matrix(value: Any) -> bool:
     """Whether a value is an ordinary matrix of finite floating-point numbers."""
-    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_nested)
-    return dense and value.is_floating_point() and value.dim() == 2 and bool(value.isfinite().all())
+    return is_dense(value) and value.is_floating_point() and value.dim() == 2 and bool(value.isfinite().all())
 
 
 def adapter_misfits(policy: PeftModel, found: Mapping[str, torch.Tensor]) -> list[str]:
@@ -5517,8 +5528,7 @@ def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, Da
         most = int(reports["train"].usable * args.num_epochs / (10 * devices.ranks))
         lower = f"lower GRADIENT_ACCUM_STEPS to {most} or " if most else ""
         notices.append(f"only {updates} updates: {lower}raise NUM_EPOCHS for ten")
-    idle = [name for name in args.not_used if getattr(args, name) != getattr(ScriptArguments, name)]
-    if idle:
+    if idle := args.set_in_vain:
         why = f"no part in {args.training_mode} mode" + (", or the adapter's own count" if args.adapter_path else "")
         lines["not used"] = f"{', '.join(map(str.upper, idle))} ({why})"
     return [*lines.items(), *(("notice", notice) for notice in notices)]
@@ -5559,8 +5569,7 @@ def describe_evaluation(
     notices = [notice for report in reports.values() for notice in report.notices]
     if args.adapter_path and (unlike := run_differences(args, pairs["test"])):
         notices.append(f"other figures than those of the run that made the adapter: it had {'; '.join(unlike)}")
-    idle = [name for name in args.not_used if getattr(args, name) != getattr(ScriptArguments, name)]
-    if idle:
+    if idle := args.set_in_vain:
         lines["not used"] = f"{', '.join(map(str.upper, idle))} (no part in this evaluation)"
     shown = [*lines.items(), *(("notice", notice) for notice in notices)]
     return "\n".join(f"  {name:<17} {text}" for name, text in shown if text)
