@@ -62,6 +62,12 @@ def pytest_xdist_auto_num_workers(config) -> int:
     return min(T.CORES, 8) if everything and config.option.markexpr == "not slow" else 0
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    yield
+    forkserver.end_what_is_left()
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE with ChatML, its end of turn being the end-of-sequence token, as SmolLM2 and Qwen2 have it."""
@@ -188,13 +194,15 @@ def free_port() -> int:
             return port
 
 
-def start(variables: dict[str, str], cwd: Path, program: Path = forkserver.PROGRAM) -> forkserver.Run:
-    """Starts the module as DeepSpeed's launcher would start its only rank, without the launcher's own start-up time."""
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    rank["MASTER_PORT"] = str(free_port())
+def start(
+    variables: dict[str, str], cwd: Path, program: Path = forkserver.PROGRAM, port: str = "", rank: int = 0, ranks: int = 1
+) -> forkserver.Run:
+    """Starts the module as DeepSpeed's launcher would start this rank, without the launcher's own start-up time."""
+    group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port or str(free_port())}
     variables = {"REFERENCE_CACHE": "off", **variables}
     flags = [word for name, value in variables.items() for word in (f"--{name.lower()}", value)]
-    return forkserver.start(flags, {**rank, "LOCAL_SIZE": "1", "DS_ACCELERATOR": "cpu"}, cwd, program)
+    return forkserver.start(flags, {**group, "DS_ACCELERATOR": "cpu"}, cwd, program)
 
 
 def train(variables: dict[str, str], cwd: Path, program: Path = forkserver.PROGRAM) -> subprocess.CompletedProcess:
@@ -202,23 +210,11 @@ def train(variables: dict[str, str], cwd: Path, program: Path = forkserver.PROGR
     return start(variables, cwd, program).wait()
 
 
-def two_ranks(program, variables, cwd):
+def two_ranks(variables, cwd, program: Path = forkserver.PROGRAM):
     """Exit status, stdout and stderr of each of two CPU ranks."""
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_SIZE": "2"}
-    flags = [f"--{name.lower()}={value}" for name, value in {**variables, "CPU_RANKS": "2"}.items()]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(program), *flags],
-            cwd=cwd,
-            env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank, "DS_ACCELERATOR": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    said = [rank.communicate(timeout=300) for rank in ranks]
-    return [(rank.returncode, *streams) for rank, streams in zip(ranks, said, strict=True)]
+    port = str(free_port())
+    ranks = [start({**variables, "CPU_RANKS": "2"}, cwd, program, port, rank, 2) for rank in range(2)]
+    return [(result.returncode, result.stdout, result.stderr) for result in (rank.wait() for rank in ranks)]
 
 
 def output_of(cwd: Path) -> Path:

@@ -28,8 +28,8 @@ PROGRAM = Path(__file__).resolve().parent.parent / "train_with_preference_prompt
 class Run:
     """One start of the program, in a process group of its own."""
 
-    def __init__(self, server: subprocess.Popen, pid: int, stdout: Path, stderr: Path, port: str):
-        self.server, self.pid, self.stdout, self.stderr, self.port = server, pid, stdout, stderr, port
+    def __init__(self, pid: int, stdout: Path, stderr: Path, port: str):
+        self.pid, self.stdout, self.stderr, self.port = pid, stdout, stderr, port
 
     def kill(self, sent: int = signal.SIGKILL) -> None:
         os.killpg(self.pid, sent)
@@ -40,10 +40,11 @@ class Run:
         Raises:
             subprocess.TimeoutExpired: it took longer.
         """
-        in_time = select.select([self.server.stdout], [], [], timeout)[0]
+        ask({"wait": self.pid})
+        in_time = select.select([server().stdout], [], [], timeout)[0]
         if not in_time:
             self.kill()
-        status = int(self.server.stdout.readline())
+        status = answer()
         RUNNING.remove(self)
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in (self.stdout, self.stderr))
         for buffer in Path("/dev/shm").glob(
@@ -71,19 +72,30 @@ def logs() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="forkserver-")
 
 
+def ask(request: Mapping[str, Any]) -> None:
+    print(json.dumps(request), file=server().stdin, flush=True)
+
+
+def answer() -> int:
+    return int(server().stdout.readline())
+
+
 def start(argv: Sequence[str], environment: Mapping[str, str], cwd: Path, program: Path = PROGRAM) -> Run:
-    """Starts the program as the only one at a time; what it prints can be read while it runs."""
-    for left in list(RUNNING):  # by a test that failed
-        with contextlib.suppress(ProcessLookupError):
-            left.kill()
-        left.wait()
+    """Starts the program; what it prints can be read while it runs."""
     number = next(NUMBERS)
     stdout, stderr = (Path(logs().name, f"{number}.{stream}") for stream in ("stdout", "stderr"))
     request = {"argv": [str(program), *argv], "environment": dict(environment), "cwd": str(cwd)}
-    request["outputs"] = [os.devnull, str(stdout), str(stderr)]
-    print(json.dumps(request), file=server().stdin, flush=True)
-    RUNNING.append(Run(server(), int(server().stdout.readline()), stdout, stderr, environment["MASTER_PORT"]))
+    ask({**request, "outputs": [os.devnull, str(stdout), str(stderr)]})
+    RUNNING.append(Run(answer(), stdout, stderr, environment["MASTER_PORT"]))
     return RUNNING[-1]
+
+
+def end_what_is_left() -> None:
+    """Ends the runs that a test which failed has left."""
+    for left in list(RUNNING):
+        with contextlib.suppress(ProcessLookupError):
+            left.kill()
+        left.wait()
 
 
 def prepare() -> None:
@@ -106,17 +118,20 @@ def prepare() -> None:
 
 
 def serve() -> None:
-    """Answers each request on stdin with the process number and, when it has ended, the exit status."""
+    """Answers on stdin each request to start the program with the process number, and to wait with the exit status."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the libraries print is no answer
     prepare()
     sys.modules["matplotlib"] = None  # not installed here: most tests look at no picture, which takes seconds to draw
     for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), file=answers)
+            continue
         child = os.fork()
         if child == 0:
-            return become(json.loads(line))
+            return become(request)
         print(child, file=answers)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers)
 
 
 def become(request: Mapping[str, Any]) -> None:

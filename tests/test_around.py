@@ -176,7 +176,7 @@ def test_the_pairs_that_are_not_finite_are_found_on_every_rank(tiny_run, tmp_pat
         pytest.skip("two ranks need two cores")
     script = sabotaged(POISON.format(training=True, place=11, value="nan", gradient=False), tmp_path)
     variables = {**tiny_run, "GRADIENT_ACCUM_STEPS": "3", "REFERENCE_CACHE": "off"}
-    (status, _, first), (other_status, _, second) = two_ranks(script, variables, tmp_path)
+    (status, _, first), (other_status, _, second) = two_ranks(variables, tmp_path, script)
     assert (status, other_status) == (1, 1), first[-2000:] + second[-2000:]
     assert "loss/train is nan" in first and "it comes from row 12 of" in first and "error:" not in second
 

@@ -49,9 +49,9 @@ def curves(cwd) -> dict[str, list[tuple[int, float]]]:
 def until(ready, seconds: float, alive=lambda: True) -> bool:
     """Waits until something is so, at most so long."""
     deadline = time.monotonic() + seconds
-    while not ready() and time.monotonic() < deadline and alive():
+    while not (so := ready()) and time.monotonic() < deadline and alive():
         time.sleep(0.005)
-    return ready()
+    return so or ready()  # not asked again where it was so: a checkpoint that is begun anew is gone for a moment
 
 
 def another_checkpoint(cwd, complete=False):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PREFERENCE, history, launch, make_model, output_of, series, train, two_ranks
+from conftest import PREFERENCE, history, make_model, output_of, series, train, two_ranks
 from test_around import sabotaged
 from test_trainer import EXACT, adapter, assert_bit_equal, finished
 
@@ -281,9 +281,9 @@ def test_two_ranks_lower_together(tiny_run, lengths, tmp_path):
     variables = {**tiny_run, **EXACT, "GRADIENT_ACCUM_STEPS": "4", "PAIRS_PER_FORWARD": "4"}
     for folder in (limited, lower):
         folder.mkdir()
-    finished(launch({**variables, "PAIRS_PER_FORWARD": "2", "CPU_RANKS": "2"}, cwd=lower))
+    assert [status for status, _, _ in two_ranks({**variables, "PAIRS_PER_FORWARD": "2"}, lower)] == [0, 0]
     program = limit(tmp_path, sum(lengths[:2]), ranks="1")
-    (first, out, error), (second, other_out, other_error) = two_ranks(program, variables, limited)
+    (first, out, error), (second, other_out, other_error) = two_ranks(variables, limited, program)
     assert (first, second) == (0, 0), error[-2000:] + other_error[-2000:]
     assert out.count(LOWERED.format(2)) == 1 and "lowered" not in other_out
     assert all("the engine accumulates 2\n" in text for text in (out, other_out))
@@ -295,7 +295,7 @@ def test_two_ranks_lower_together(tiny_run, lengths, tmp_path):
 @pytest.mark.skipif(T.CORES < 2, reason="two ranks need two cores")
 def test_two_ranks_give_up_together(tiny_run, tmp_path):
     program = limit(tmp_path, 1, ranks="1")
-    (first, _, error), (second, _, other_error) = two_ranks(program, tiny_run, tmp_path)
+    (first, _, error), (second, _, other_error) = two_ranks(tiny_run, tmp_path, program)
     assert (first, second) == (2, 2) and "one pair does not fit" in error and "error:" not in other_error
     assert not output_of(tmp_path).exists()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, ROWS, launch, make_model, output_of, train, write_rows
+from conftest import PROJECT, ROWS, make_model, output_of, train, two_ranks, write_rows
 from safetensors.torch import load_file, save_file
 from test_around import sabotaged
 from test_trainer import adapter, logged
@@ -251,11 +251,12 @@ def test_two_ranks_share_what_one_has_and_fill_what_is_missing(copied, tmp_path)
     file = file_for(cache, 12)
     file.unlink()
     T.ReferenceCache(cache, {}).write(file, partial)
-    result = launch({**copied, "CPU_RANKS": "2", "GRADIENT_ACCUM_STEPS": "3"}, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("reference log-probabilities, train data: ") == 1
-    assert f"7 of 12 pairs from {file} " in result.stdout and "KiB), 5 computed" in result.stdout
-    assert "test data: 5 of 5 pairs from " in result.stdout and len(files_in(cache)) == 3
+    ranks = two_ranks({**copied, "GRADIENT_ACCUM_STEPS": "3"}, tmp_path)
+    assert [status for status, _, _ in ranks] == [0, 0], [error[-3000:] for *_, error in ranks]
+    said = "".join(stdout for _, stdout, _ in ranks)
+    assert said.count("reference log-probabilities, train data: ") == 1
+    assert f"7 of 12 pairs from {file} " in said and "KiB), 5 computed" in said
+    assert "test data: 5 of 5 pairs from " in said and len(files_in(cache)) == 3
     now, old = load_file(file)["ref_logps"], ~partial.isnan()
     assert torch.equal(now[old], whole[old]) and not torch.equal(now, partial)
     torch.testing.assert_close(now, whole, rtol=1e-5, atol=1e-4)
