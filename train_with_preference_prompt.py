@@ -49,6 +49,7 @@ import shutil
 import socket
 import statistics
 import sys
+import sysconfig
 import tempfile
 import time
 import uuid
@@ -3874,6 +3875,8 @@ def load_cpu_communication() -> None:
     """
     from torch.utils.cpp_extension import _get_build_directory
 
+    # The environment's own Ninja, also where it is not activated: another version would compile everything again.
+    os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)))
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed greets there
         from deepspeed.comm.torch import build_shm_op
 

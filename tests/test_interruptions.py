@@ -182,6 +182,14 @@ def test_a_compilation_that_was_killed_does_not_stop_the_next_start(tiny_run, tm
     assert not left.exists()
 
 
+def test_ninja_is_found_where_the_environment_is_not_active(tiny_run, tmp_path):
+    """DeepSpeed brings it, beside its Python; a folder of the search path that has another one does not count."""
+    (tmp_path / "ninja").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "ninja").chmod(0o755)
+    program = sabotaged(f"import os; os.environ['PATH'] = {str(tmp_path)!r} + ':' + os.environ['PATH']", tmp_path)
+    finished(train({**tiny_run, "NUM_EPOCHS": "0.1"}, tmp_path, program))
+
+
 # --- signals to the launcher
 
 
