@@ -17,6 +17,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["REFERENCE_CACHE"] = "off"  # no test writes into the home; every run through the launcher reads this
 
+# Where there is a GPU, all tests but those marked `gpu` are of the CPU all the same; these get it back (test_gpu.py).
+HAS_GPU, VISIBLE = Path("/dev/nvidiactl").exists(), os.environ.get("CUDA_VISIBLE_DEVICES")
+if HAS_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import forkserver  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
@@ -195,7 +200,12 @@ def free_port() -> int:
 
 
 def start(
-    variables: dict[str, str], cwd: Path, program: Path = forkserver.PROGRAM, port: str = "", rank: int = 0, ranks: int = 1
+    variables: dict[str, str],
+    cwd: Path,
+    program: Path = forkserver.PROGRAM,
+    port: str = "",
+    rank: int = 0,
+    ranks: int = 1,
 ) -> forkserver.Run:
     """Starts the module as DeepSpeed's launcher would start this rank, without the launcher's own start-up time."""
     group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}

@@ -1,0 +1,236 @@
+"""What a base model needs, on paper: memory per GPU and pairs per second, before anything is rented.
+
+    python tests/benchmark/sizes.py > docs/sizes.md
+
+Memory is a sum of tensors whose sizes follow from the model's shape and the settings; tests/test_sizes.py compares it
+with what real runs hold. Speed is arithmetic divided by what the hardware is assumed to reach.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+GIB = 2**30
+BUCKET_BYTES = 2 * 4 * 20_000_000  # DeepSpeed's two buckets of fp32 gradients, as ds_config.json sizes them
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder with grouped-query attention and a gated MLP, as its configuration has it."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(in, out) of the linear maps of a layer: q, k, v, o, gate, up, down."""
+        queries, keys = self.heads * self.head_size, self.key_heads * self.head_size
+        attention = [(self.hidden, queries), (self.hidden, keys), (self.hidden, keys), (queries, self.hidden)]
+        return attention + [(self.hidden, self.intermediate)] * 2 + [(self.intermediate, self.hidden)]
+
+    @property
+    def layer_weights(self) -> int:
+        """Parameters of all layers' linear maps."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears)
+
+    @property
+    def embedding_weights(self) -> int:
+        """Parameters of the embeddings and the head."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    def adapter_weights(self, rank: int) -> int:
+        """Parameters of LoRA on all linear maps of the layers."""
+        return self.layers * sum(rank * (inputs + outputs) for inputs, outputs in self.linears)
+
+
+# Qwen2.5, as published with the models (config.json).
+BASES = {
+    "0.5B": Shape(896, 4864, 24, 14, 2, 64, 151_936, tied=True),
+    "1.5B": Shape(1536, 8960, 28, 12, 2, 128, 151_936, tied=True),
+    "3B": Shape(2048, 11_008, 36, 16, 2, 128, 151_936, tied=True),
+    "7B": Shape(3584, 18_944, 28, 28, 4, 128, 152_064, tied=False),
+    "14B": Shape(5120, 13_824, 48, 40, 8, 128, 152_064, tied=False),
+    "32B": Shape(5120, 27_648, 64, 40, 8, 128, 152_064, tied=False),
+    "72B": Shape(8192, 29_568, 80, 64, 8, 128, 152_064, tied=False),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """The settings that memory and speed depend on, and what a pair has: the longest that MAX_LENGTH lets through."""
+
+    max_length: int = 300
+    max_prompt_length: int = 128
+    prefix: int = 20
+    pairs_per_forward: int = 4
+    lora_r: int = 16
+    dropout: bool = True
+    checkpointing: bool = False
+
+    @property
+    def answer(self) -> int:
+        return self.max_length - self.max_prompt_length
+
+    @property
+    def pairs(self) -> list[tuple[int, int, int]]:
+        """(trunk, chosen, rejected) in tokens of the pairs of a forward."""
+        return [(self.max_prompt_length, self.answer, self.answer)] * self.pairs_per_forward
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a weight in the layers and in the embeddings, of an activation, and the share of the GPU's peak reached."""
+
+    layer: float
+    embedding: float
+    activation: int
+    efficiency: float
+
+
+# NF4 with double quantisation: 4 + 0.127 bits (arXiv 2305.14314, section 3). The efficiencies are assumptions.
+PRECISIONS = {
+    "bf16": Precision(2, 2, 2, 0.40),
+    "fp32": Precision(4, 4, 4, 0.40),
+    "4-bit": Precision(4.127 / 8, 2, 2, 0.30),
+}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A kind of GPU: memory in bytes, dense bf16 FLOP/s, bytes/s to a GPU of the same machine and of another one."""
+
+    memory: float
+    flops: float
+    within: float
+    between: float
+    in_a_machine: int = 8
+
+
+HARDWARE = {
+    "24 GB": Hardware(24e9, 165e12, 25e9, 3e9),
+    "80 GB": Hardware(80e9, 312e12, 300e9, 25e9),
+}
+RUNTIME_BYTES = 1.5e9  # CUDA context, NCCL's buffers, fragmentation: an assumption
+HEAD_CHUNK = {"cpu": 128, "cuda": 1024}  # scored tokens whose logits exist at a time
+
+
+def kept_by_a_layer(shape: Shape, pairs: list[tuple[int, int, int]], rank: int, dropout: bool, size: int) -> int:
+    """Bytes of activations that one decoder layer keeps for the backward pass of a packed row.
+
+    Args:
+        pairs: (trunk, chosen, rejected) in tokens; an answer's last token is predicted and never read.
+        size: bytes of an activation.
+    """
+    tokens = sum(trunk + chosen + rejected - 2 for trunk, chosen, rejected in pairs)
+    queries, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
+    inputs = 2 * shape.hidden + queries  # what q, k and v read, what o reads, what gate and up read
+    attention = 2 * queries + 2 * keys  # queries and outputs, keys and values
+    narrow = 7 * rank
+    a_token = size * (inputs + attention + 2 * shape.intermediate + narrow)  # gate and up as well
+    a_token += 2 * 4 * shape.hidden  # the norms' inputs in fp32
+    if dropout:
+        a_token += 2 * (inputs + shape.intermediate)  # 16 random bits for every input, down's too
+    branches = 0
+    for trunk, _, rejected in pairs:
+        seen = trunk + rejected - 1
+        branches += size * seen * (2 * queries + rejected - 1)  # keys and values for all heads, and the mask
+    return tokens * a_token + branches
+
+
+def activations(shape: Shape, work: Work, size: int, chunk: int) -> int:
+    """Bytes that a training forward holds at its peak, the backward pass's first steps included."""
+    tokens = sum(map(sum, work.pairs))
+    scored = sum(chosen + rejected for _, chosen, rejected in work.pairs)
+    layer = kept_by_a_layer(shape, work.pairs, work.lora_r, work.dropout, size)
+    layers = layer + shape.layers * tokens * shape.hidden * size if work.checkpointing else shape.layers * layer
+    # A chunk's logits, in fp32, as log-probabilities and as the product's operand; the gradients of the scored states.
+    head = min(chunk, scored) * shape.vocabulary * (2 * size + 2 * 4) + scored * shape.hidden * size
+    return layers + head
+
+
+def memory(
+    shape: Shape, work: Work, precision: str, stage: int, gpus: int, device: str = "cuda"
+) -> Mapping[str, float]:
+    """Bytes on each GPU by what takes them.
+
+    Args:
+        stage: of ZeRO: what is divided among the GPUs, nothing (0), the optimizer's state (1), gradients (2), weights (3).
+    """
+    kind = PRECISIONS[precision]
+    weights = shape.layer_weights * kind.layer + shape.embedding_weights * kind.embedding
+    adapter = shape.adapter_weights(work.lora_r)
+    gathered = 0.0
+    if stage == 3 and gpus > 1:  # a layer in use and one fetched ahead, and the head
+        gathered = (2 * shape.layer_weights / shape.layers + shape.vocabulary * shape.hidden) * kind.embedding
+        weights /= gpus
+    return {
+        "weights": weights,
+        "gathered": gathered,
+        "adapter": adapter * kind.activation / (gpus if stage == 3 else 1),
+        "gradients": 4 * adapter / (gpus if stage >= 2 else 1) + BUCKET_BYTES,
+        "optimizer": 12 * adapter / (gpus if stage >= 1 else 1),  # master copy and two moments in fp32
+        "activations": activations(shape, work, kind.activation, HEAD_CHUNK[device]),
+    }
+
+
+def flops_per_pair(shape: Shape, work: Work) -> float:
+    """Floating-point operations of a guided pair: policy forward and backward, teacher forward; 2 a weight and token.
+
+    The weights are frozen, so that the backward pass is one product, not two. The reference's single pass over the data
+    set, kept in a cache, does not count.
+    """
+    plain = work.max_prompt_length + 2 * work.answer
+    policy, teacher = (3 if work.checkpointing else 2) * plain, plain + work.prefix
+    layers = 2 * shape.layer_weights * (policy + teacher)
+    head = 2 * shape.vocabulary * shape.hidden * 2 * work.answer * 3  # logits and their gradient, and the teacher's
+    adapter = 2 * shape.adapter_weights(work.lora_r) * (3 * plain + teacher)
+    length = work.max_prompt_length + work.answer
+    attention = 4 * shape.layers * shape.heads * shape.head_size * (length**2 / 2 + work.answer * length)
+    return layers + head + adapter + attention * (3 + 1)
+
+
+def pairs_per_second(shape: Shape, work: Work, precision: str, stage: int, gpus: int, kind: Hardware) -> float:
+    """Pairs per second of all GPUs together: arithmetic, or, where it takes longer, ZeRO-3's gathering of the weights."""
+    peak = kind.flops / (8 if precision == "fp32" else 1)  # without TF32
+    compute = work.pairs_per_forward * flops_per_pair(shape, work) / (peak * PRECISIONS[precision].efficiency)
+    gather = 0.0
+    if stage == 3 and gpus > 1:  # for the policy's forward and backward pass and for the teacher's
+        size = (shape.layer_weights + shape.embedding_weights) * PRECISIONS[precision].embedding
+        bandwidth = kind.within if gpus <= kind.in_a_machine else kind.between
+        gather = (4 if work.checkpointing else 3) * size * (gpus - 1) / gpus / bandwidth
+    return gpus * work.pairs_per_forward / max(compute, gather)
+
+
+def variants(work: Work) -> Iterator[Work]:
+    """The same work with less and less memory."""
+    for checkpointing in (False, True):
+        for pairs in (work.pairs_per_forward, 1):
+            yield replace(work, checkpointing=checkpointing, pairs_per_forward=pairs)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way in which a run fits."""
+
+    stage: int
+    precision: str
+    work: Work
+    bytes: float
+    speed: float
+
+
+def best(shape: Shape, work: Work, gpus: int, kind: Hardware, precision: str, stage: int) -> Choice | None:
+    """The fastest variant that fits on each of these GPUs; None where none does."""
+    choices = []
+    for variant in variants(work):
+        needed = sum(memory(shape, variant, precision, stage, gpus).values()) + RUNTIME_BYTES
+        if needed <= kind.memory:
+            speed = pairs_per_second(shape, variant, precision, stage, gpus, kind)
+            choices.append(Choice(stage, precision, variant, needed, speed))
+    return max(choices, key=lambda choice: choice.speed, default=None)
