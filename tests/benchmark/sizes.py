@@ -6,7 +6,6 @@ Memory is a sum of tensors whose sizes follow from the model's shape and the set
 with what real runs hold. Speed is arithmetic divided by what the hardware is assumed to reach.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -234,3 +233,129 @@ def best(shape: Shape, work: Work, gpus: int, kind: Hardware, precision: str, st
             speed = pairs_per_second(shape, variant, precision, stage, gpus, kind)
             choices.append(Choice(stage, precision, variant, needed, speed))
     return max(choices, key=lambda choice: choice.speed, default=None)
+
+
+# The hardware that the launcher's comments have settings for: kind of GPU, how many, pairs per update and GPU, the rest.
+SETTINGS = {
+    "4 × 24 GB, `GRADIENT_ACCUM_STEPS=512 MAX_LENGTH=300 LORA_R=16`": (
+        "24 GB",
+        4,
+        512,
+        Work(max_length=300, lora_r=16),
+    ),
+    "8 × 80 GB, `GRADIENT_ACCUM_STEPS=256 MAX_LENGTH=512 LORA_R=32`": (
+        "80 GB",
+        8,
+        256,
+        Work(max_length=512, lora_r=32),
+    ),
+}
+WAYS = (("bf16", 2), ("bf16", 3), ("4-bit", 2))  # that a run can be made to fit, simplest first
+COUNTS = {"24 GB": (1, 2, 4, 8), "80 GB": (1, 2, 4, 8, 16, 32, 64)}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, with a place after the point below 10."""
+    return f"{size / GIB:.1f}" if size < 10 * GIB else f"{size / GIB:.0f}"
+
+
+def memory_table(work: Work) -> str:
+    """GiB per GPU by base, precision, ZeRO stage and number of GPUs; with recomputed activations after the stroke."""
+    columns = [("fp32", 0, 1), ("bf16", 0, 1), ("bf16", 2, 8), ("bf16", 2, 64), ("bf16", 3, 8), ("bf16", 3, 64)]
+    columns += [("4-bit", 2, 1), ("4-bit", 2, 8)]
+    rows = []
+    for name, shape in BASES.items():
+        cells = []
+        for precision, stage, gpus in columns:
+            needed = (
+                RUNTIME_BYTES + sum(memory(shape, variant, precision, stage, gpus).values())
+                for variant in (work, replace(work, checkpointing=True))
+            )
+            cells.append(" / ".join(map(gib, needed)))
+        rows.append([name, *cells])
+    header = [f"{precision}, ZeRO-{stage}, {gpus} GPU{'s' * (gpus > 1)}" for precision, stage, gpus in columns]
+    return table(["base", *header], rows)
+
+
+def described(choice: Choice) -> str:
+    """How a run fits, in the variables to set beside the defaults."""
+    words = [f"ZeRO-{choice.stage}"] if choice.precision == "bf16" else [f"{choice.precision}, ZeRO-{choice.stage}"]
+    if choice.work.checkpointing:
+        words.append("checkpointing")
+    if choice.work.pairs_per_forward == 1:
+        words.append("1 pair a forward")
+    return ", ".join(words)
+
+
+def fastest(shape: Shape, work: Work, gpus: int, kind: Hardware) -> Choice | None:
+    """The fastest of all ways that fit."""
+    found = (best(shape, work, gpus, kind, precision, stage) for precision, stage in WAYS if stage < 3 or gpus > 1)
+    return max(filter(None, found), key=lambda choice: choice.speed, default=None)
+
+
+def speed_table(name: str, work: Work) -> str:
+    """Pairs per second by base and number of GPUs of a kind, and how such a run fits."""
+    rows = []
+    for base, shape in BASES.items():
+        choices = [fastest(shape, work, gpus, HARDWARE[name]) for gpus in COUNTS[name]]
+        rows.append([base, *(f"{c.speed:.3g} ({described(c)})" if c else "does not fit" for c in choices)])
+    return table(["base", *(f"{gpus} × {name}" for gpus in COUNTS[name])], rows)
+
+
+def settings_table(name: str, gpus: int, accumulated: int, work: Work) -> str:
+    """What one of `SETTINGS` needs and gives for each base."""
+    rows = []
+    for base, shape in BASES.items():
+        choice = fastest(shape, work, gpus, HARDWARE[name])
+        if choice is None:
+            rows.append([base, "does not fit", "", "", ""])
+        else:
+            minutes = gpus * accumulated / choice.speed / 60
+            rows.append([base, described(choice), gib(choice.bytes), f"{choice.speed:.3g}", f"{minutes:.2g}"])
+    return table(["base", "fastest way that fits", "GiB per GPU", "pairs/s", "minutes per update"], rows)
+
+
+def page() -> str:
+    """docs/sizes.md."""
+    usual = Work()
+    parts = [
+        "# Sizes on paper",
+        "Which GPUs a base model needs, to choose before renting. Everything on this page is computed, by\n"
+        "`python tests/benchmark/sizes.py`; nothing on it was measured on a GPU. The bases have the shapes of Qwen2.5.",
+        "**Memory** is the sum of weights, adapter (LoRA on all linear layers), gradients, AdamW's state, DeepSpeed's\n"
+        "buckets, kept activations and a chunk of logits, for pairs as long as `MAX_LENGTH` lets them be, "
+        f"{usual.pairs_per_forward} in a forward, with\n"
+        f"dropout. The tests compare the activations with those of real forwards (within 1 %) and the whole with real\n"
+        f"runs on a CPU. An assumption is what CUDA, NCCL and fragmentation take: {RUNTIME_BYTES / 1e9:g} GB.",
+        "**Speed** is the arithmetic of a guided pair (policy forward and backward, teacher forward; the reference comes\n"
+        "from its cache) divided by a share of the peak that is assumed: "
+        + ", ".join(f"{kind.efficiency:.0%} in {name}" for name, kind in PRECISIONS.items() if name != "fp32")
+        + ";\nor, with ZeRO-3, the time to gather the weights, where that is longer. GPUs: "
+        + "; ".join(
+            f"{name} with {kind.flops / 1e12:g} TFLOP/s and {kind.within / 1e9:g} GB/s between them"
+            + (f", {kind.between / 1e9:g} GB/s to another machine" if max(COUNTS[name]) > kind.in_a_machine else "")
+            for name, kind in HARDWARE.items()
+        )
+        + ".\nTake it as right within a factor of two: `tests/benchmark/benchmark.py` measures yours.",
+        "## The settings of the launcher's comments",
+        *(f"### {title}\n\n{settings_table(*setting)}" for title, setting in SETTINGS.items()),
+        f"## Pairs per second, `MAX_LENGTH={usual.max_length}`, `LORA_R={usual.lora_r}`",
+        "The fastest way that fits: bf16 unless 4-bit is named; `checkpointing` is `GRADIENT_CHECKPOINTING=true`, "
+        "`1 pair a\nforward` is `PAIRS_PER_FORWARD=1`, `4-bit` is `LOAD_IN_4BIT=true`, `ZeRO-3` is `ZERO_STAGE=3`.",
+        *(speed_table(name, usual) for name in HARDWARE),
+        "## Memory per GPU in GiB",
+        f"With `MAX_LENGTH={usual.max_length}`, `LORA_R={usual.lora_r}`, {usual.pairs_per_forward} pairs in a forward; "
+        "after the stroke with `GRADIENT_CHECKPOINTING=true`.\nZeRO-1 needs between ZeRO-0 and ZeRO-2: what they divide, "
+        "the adapter's optimizer and gradients, is small beside the base.",
+        memory_table(usual),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,132 @@
+"""Sizes on paper: what the formulas say beside what models, forwards and runs really hold."""
+
+import importlib.util
+import itertools
+
+import pytest
+import torch
+from conftest import PROJECT
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import train_with_preference_prompt as T
+
+spec = importlib.util.spec_from_file_location("sizes", PROJECT / "tests" / "benchmark" / "sizes.py")
+sizes = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sizes)
+
+SMOLLM2 = sizes.Shape(576, 1536, 30, 9, 3, 64, 49_152, tied=True)
+SMALL = sizes.Shape(256, 640, 3, 8, 2, 32, 1000, tied=True)
+PAIRS = [(60, 40, 30), (50, 20, 45)]
+RANK = 8
+
+
+def model_of(shape, device="cpu", dtype=torch.float32):
+    """A Qwen2 model of a shape."""
+    config = Qwen2Config(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+    )
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def policy_of(shape, rank, dropout, **options):
+    args = T.ScriptArguments(lora_r=rank, lora_dropout=dropout)
+    policy = T.add_adapter(T.enable_packed_forward(model_of(shape, **options)), args)
+    T.speed_up_adapter(policy, checkpointed=False)
+    return policy.train()
+
+
+@pytest.mark.parametrize(("base", "published"), [("0.5B", 494_032_768), ("7B", 7_615_616_512), ("72B", 72_706_203_648)])
+def test_parameters_are_those_of_the_published_models(base, published):
+    """All but the norms and the biases of q, k and v, which are the rest."""
+    shape = sizes.BASES[base]
+    keys = 2 * shape.key_heads * shape.head_size
+    rest = shape.layers * (2 * shape.hidden + shape.heads * shape.head_size + keys) + shape.hidden
+    assert shape.layer_weights + shape.embedding_weights + rest == published
+
+
+def test_the_adapters_parameters_are_pefts():
+    for shape in (SMALL, sizes.BASES["0.5B"]):
+        policy = policy_of(shape, 16, 0.1, device="meta")
+        trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+        assert shape.adapter_weights(16) == trained
+        state = {name: sizes.memory(shape, sizes.Work(), "bf16", 0, 1)[name] for name in ("gradients", "optimizer")}
+        zero = {"reduce_bucket_size": 20_000_000, "overlap_comm": True}
+        assert sum(state.values()) == T.engine_bytes(policy, zero)
+
+
+def kept(policy, monkeypatch) -> int:
+    """Bytes of the tensors that a forward keeps for its backward pass, each storage once; parameters do not count."""
+    hooks, outer, storages = torch.autograd.graph.saved_tensors_hooks, [], {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
+    alive = []
+
+    def count(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    class Counted(hooks):
+        """The module's own hooks, inside of which ours would not be called."""
+
+        def __init__(self, pack, unpack):
+            super().__init__(lambda tensor: None if (packed := pack(tensor)) is None else count(packed), unpack)
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", Counted)
+    outer.append(hooks(count, lambda tensor: tensor))
+    row = T.pack_row([tuple(list(range(length)) for length in pair) for pair in PAIRS])
+    with outer[0]:
+        T.policy_logps(policy, row)
+    monkeypatch.undo()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_what_a_layer_keeps_is_what_a_forward_keeps(dtype, size, dropout, monkeypatch):
+    """Two layers more keep so much more; what the head and the embeddings keep is the same in both."""
+    held = []
+    for layers in (1, 3):
+        policy = policy_of(sizes.replace(SMALL, layers=layers), RANK, dropout, dtype=dtype)
+        for parameter in policy.parameters():
+            parameter.data = parameter.data.to(dtype)  # as the engine holds the adapter
+        held.append(kept(policy, monkeypatch))
+    measured = (held[1] - held[0]) / 2
+    expected = sizes.kept_by_a_layer(SMALL, PAIRS, RANK, dropout > 0, size)
+    assert expected == pytest.approx(measured, rel=0.01)
+    other = sizes.kept_by_a_layer(SMALL, PAIRS, RANK, dropout == 0, size)
+    assert other != pytest.approx(measured, rel=0.05)
+
+
+def test_more_gpus_and_higher_stages_never_need_more():
+    for shape, precision in itertools.product(sizes.BASES.values(), ("bf16", "fp32")):
+        for gpus in (2, 8, 64):
+            of_stage = [sum(sizes.memory(shape, sizes.Work(), precision, stage, gpus).values()) for stage in range(3)]
+            assert of_stage == sorted(of_stage, reverse=True)
+    parts = [sizes.memory(sizes.BASES["72B"], sizes.Work(), "bf16", 3, gpus)["weights"] for gpus in (1, 8)]
+    assert parts[0] == 8 * parts[1]
+
+
+def test_a_choice_fits_and_nothing_faster_does():
+    for name, kind in sizes.HARDWARE.items():
+        for shape, gpus in itertools.product(sizes.BASES.values(), sizes.COUNTS[name]):
+            choice = sizes.fastest(shape, sizes.Work(), gpus, kind)
+            for variant, (precision, stage) in itertools.product(sizes.variants(sizes.Work()), sizes.WAYS):
+                needed = sum(sizes.memory(shape, variant, precision, stage, gpus).values()) + sizes.RUNTIME_BYTES
+                fits = needed <= kind.memory and (stage < 3 or gpus > 1)
+                speed = sizes.pairs_per_second(shape, variant, precision, stage, gpus, kind)
+                assert not fits or (choice is not None and speed <= choice.speed)
+            assert choice is None or choice.bytes <= kind.memory
+
+
+def test_the_page_is_what_the_function_gives():
+    """`python tests/benchmark/sizes.py > docs/sizes.md` after a change."""
+    assert (PROJECT / "docs" / "sizes.md").read_text(encoding="utf-8") == sizes.page()
