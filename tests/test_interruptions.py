@@ -24,13 +24,24 @@ import train_with_preference_prompt as T
 RANKS = min(2, T.CORES)
 
 
-@pytest.fixture(scope="module")
-def whole(tiny_run, tmp_path_factory):
-    """Settings with dropout that evaluate and save after each of 60 updates, and a run that nothing interrupted."""
-    variables = {**tiny_run, "LORA_DROPOUT": "0.3", "EVAL_STEPS": "1", "NUM_EPOCHS": "20", "LEARNING_RATE": "0.002"}
-    cwd = tmp_path_factory.mktemp("whole")
+SETTINGS = {"LORA_DROPOUT": "0.3", "EVAL_STEPS": "1", "LEARNING_RATE": "0.002"}  # evaluate and save after each update
+
+
+def uninterrupted_run(variables, epochs: int, factory):
+    """The settings of a run of three updates an epoch, and where such a run went to its end."""
+    variables, cwd = {**variables, **SETTINGS, "NUM_EPOCHS": str(epochs)}, factory.mktemp("whole")
     finished(train(variables, cwd))
     return variables, cwd
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_run, tmp_path_factory):
+    return uninterrupted_run(tiny_run, 20, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def brief(tiny_run, tmp_path_factory):
+    return uninterrupted_run(tiny_run, 4, tmp_path_factory)
 
 
 def resumed(variables, cwd):
@@ -93,9 +104,9 @@ def test_twenty_kills_at_random_points_change_nothing(whole, tmp_path):
     assert curves(tmp_path) == curves(uninterrupted)
 
 
-def test_a_resumed_run_does_not_accept_other_settings(whole, tmp_path):
+def test_a_resumed_run_does_not_accept_other_settings(brief, tmp_path):
     """Every difference is listed; the run is left as it was."""
-    variables, uninterrupted = whole
+    variables, uninterrupted = brief
     shutil.copytree(uninterrupted / "model_output", tmp_path / "model_output")
     (output_of(tmp_path) / T.MODEL_CARD).unlink()
     changed = {
@@ -155,16 +166,16 @@ def test_a_damaged_checkpoint_is_not_resumed_from(tiny_run, tmp_path):
     finished(train({**tiny_run, "RESUME": "true"}, tmp_path))
 
 
-def test_a_resumed_run_evaluates_as_often_as_it_now_says(whole, tmp_path):
+def test_a_resumed_run_evaluates_as_often_as_it_now_says(brief, tmp_path):
     """EVAL_STEPS is free, and changes nothing else: an evaluation draws no random number."""
-    variables, uninterrupted = whole
-    finished(train({**variables, "EVAL_STEPS": "20"}, tmp_path))
-    assert [logs["step"] for logs in history(tmp_path) if "loss/eval" in logs] == [0, 20, 40, 60]
+    variables, uninterrupted = brief
+    finished(train({**variables, "EVAL_STEPS": "4"}, tmp_path))
+    assert [logs["step"] for logs in history(tmp_path) if "loss/eval" in logs] == [0, 4, 8, 12]
     assert series(tmp_path, "loss/train") == series(uninterrupted, "loss/train")
     (output_of(tmp_path) / T.MODEL_CARD).unlink()
-    (output_of(tmp_path) / "checkpoint-60" / T.CHECKPOINT_FILES).unlink()
-    finished(train({**variables, "EVAL_STEPS": "5", "RESUME": "true"}, tmp_path))
-    assert [logs["step"] for logs in history(tmp_path) if "loss/eval" in logs] == [0, 20, 40, 45, 50, 55, 60]
+    (output_of(tmp_path) / "checkpoint-12" / T.CHECKPOINT_FILES).unlink()
+    finished(train({**variables, "EVAL_STEPS": "2", "RESUME": "true"}, tmp_path))
+    assert [logs["step"] for logs in history(tmp_path) if "loss/eval" in logs] == [0, 4, 8, 10, 12]
     assert series(tmp_path, "loss/train") == series(uninterrupted, "loss/train")
 
 
@@ -313,9 +324,9 @@ def small_disk(folder: Path, kib: int) -> None:
 
 
 @pytest.mark.parametrize("kib", [250, 500, 950, 1150])
-def test_a_full_disk_loses_no_checkpoint(kib, whole, tmp_path):
+def test_a_full_disk_loses_no_checkpoint(kib, brief, tmp_path):
     """From too little for one checkpoint to too little for the merged model; with room made, the run ends the same."""
-    variables, uninterrupted = whole
+    variables, uninterrupted = brief
     disk = tmp_path / "disk"
     small_disk(disk, kib)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, launch, output_of
+from conftest import PROJECT, launch, output_of, train
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -53,7 +53,7 @@ def run(talking_run, tmp_path_factory):
     second = launch({**variables, "NUM_EPOCHS": "0.1"}, cwd=cwd)
     assert second.returncode == 0, second.stderr[-3000:]
     (aside,) = cwd.glob("model_output/Preference_Guided_DPO-*")
-    third = launch({**variables, "NUM_EPOCHS": "0.1", "OVERWRITE": "true", "SEED": "7"}, cwd=cwd)
+    third = train({**variables, "NUM_EPOCHS": "0.1", "OVERWRITE": "true", "SEED": "7"}, cwd)
     assert third.returncode == 0, third.stderr[-3000:]
     return {"cwd": cwd, "first": first, "second": second, "output": aside, "kept": kept, "variables": variables}
 
