@@ -106,6 +106,39 @@ def test_what_a_layer_keeps_is_what_a_forward_keeps(dtype, size, dropout, monkey
     assert other != pytest.approx(measured, rel=0.05)
 
 
+# Peak GiB of runs with the bundled model, fp32, on a CPU (README, Guide), and the pairs of their largest forward.
+LIBRARIES = 0.8 * sizes.GIB  # what a process takes before there is a model
+ANSWERS = ((56, 191, 244), (56, 117, 244), (128, 85, 100), (65, 16, 11))
+EIGHT = ((56, 191, 244),) * 2 + (
+    (56, 191, 181),
+    (56, 117, 244),
+    (128, 85, 100),
+    (44, 73, 63),
+    (76, 20, 21),
+    (65, 16, 11),
+)
+RUNS = {
+    "as shipped": (2.92, {"measured": ANSWERS}),
+    "PAIRS_PER_FORWARD=1": (2.03, {"measured": ((56, 244, 244),)}),
+    "PAIRS_PER_FORWARD=8": (4.78, {"measured": EIGHT}),
+    "GRADIENT_CHECKPOINTING=true": (1.83, {"measured": ANSWERS, "checkpointing": True}),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_whole_is_what_a_run_was_measured_to_take(run):
+    measured, settings = RUNS[run]
+    needed = sum(sizes.memory(SMOLLM2, sizes.Work(**settings), "fp32", 2, 1, "cpu").values()) + LIBRARIES
+    assert needed / sizes.GIB == pytest.approx(measured, rel=0.12)
+
+
+@pytest.mark.parametrize(("settings", "measured"), [({"checkpointing": True}, 0.80), ({"guided": False}, 1.45)])
+def test_speed_changes_with_the_arithmetic(settings, measured):
+    """The README's factors: GRADIENT_CHECKPOINTING=true and ALPHA=0."""
+    ratio = sizes.flops_per_pair(SMOLLM2, sizes.Work()) / sizes.flops_per_pair(SMOLLM2, sizes.Work(**settings))
+    assert ratio == pytest.approx(measured, rel=0.1)
+
+
 def test_more_gpus_and_higher_stages_never_need_more():
     for shape, precision in itertools.product(sizes.BASES.values(), ("bf16", "fp32")):
         for gpus in (2, 8, 64):

@@ -71,6 +71,8 @@ class Work:
     lora_r: int = 16
     dropout: bool = True
     checkpointing: bool = False
+    guided: bool = True  # ALPHA above 0
+    measured: tuple[tuple[int, int, int], ...] = ()  # the pairs of a forward, where they are known
 
     @property
     def answer(self) -> int:
@@ -79,7 +81,7 @@ class Work:
     @property
     def pairs(self) -> list[tuple[int, int, int]]:
         """(trunk, chosen, rejected) in tokens of the pairs of a forward."""
-        return [(self.max_prompt_length, self.answer, self.answer)] * self.pairs_per_forward
+        return list(self.measured) or [(self.max_prompt_length, self.answer, self.answer)] * self.pairs_per_forward
 
 
 @dataclass(frozen=True)
@@ -185,13 +187,13 @@ def flops_per_pair(shape: Shape, work: Work) -> float:
     set, kept in a cache, does not count.
     """
     plain = work.max_prompt_length + 2 * work.answer
-    policy, teacher = (3 if work.checkpointing else 2) * plain, plain + work.prefix
+    policy, teacher = (3 if work.checkpointing else 2) * plain, (plain + work.prefix) * work.guided
     layers = 2 * shape.layer_weights * (policy + teacher)
-    head = 2 * shape.vocabulary * shape.hidden * 2 * work.answer * 3  # logits and their gradient, and the teacher's
+    head = 2 * shape.vocabulary * shape.hidden * 2 * work.answer * (2 + work.guided)  # the gradient of its input, too
     adapter = 2 * shape.adapter_weights(work.lora_r) * (3 * plain + teacher)
     length = work.max_prompt_length + work.answer
     attention = 4 * shape.layers * shape.heads * shape.head_size * (length**2 / 2 + work.answer * length)
-    return layers + head + adapter + attention * (3 + 1)
+    return layers + head + adapter + attention * (3 + work.guided)
 
 
 def pairs_per_second(shape: Shape, work: Work, precision: str, stage: int, gpus: int, kind: Hardware) -> float:
@@ -264,6 +266,11 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f}" if size < 10 * GIB else f"{size / GIB:.0f}"
 
 
+def digits(value: float) -> str:
+    """A number with three digits that count."""
+    return f"{float(f'{value:.3g}'):,.10g}"
+
+
 def memory_table(work: Work) -> str:
     """GiB per GPU by base, precision, ZeRO stage and number of GPUs; with recomputed activations after the stroke."""
     columns = [("fp32", 0, 1), ("bf16", 0, 1), ("bf16", 2, 8), ("bf16", 2, 64), ("bf16", 3, 8), ("bf16", 3, 64)]
@@ -303,7 +310,7 @@ def speed_table(name: str, work: Work) -> str:
     rows = []
     for base, shape in BASES.items():
         choices = [fastest(shape, work, gpus, HARDWARE[name]) for gpus in COUNTS[name]]
-        rows.append([base, *(f"{c.speed:.3g} ({described(c)})" if c else "does not fit" for c in choices)])
+        rows.append([base, *(f"{digits(c.speed)} ({described(c)})" if c else "does not fit" for c in choices)])
     return table(["base", *(f"{gpus} × {name}" for gpus in COUNTS[name])], rows)
 
 
@@ -316,13 +323,18 @@ def settings_table(name: str, gpus: int, accumulated: int, work: Work) -> str:
             rows.append([base, "does not fit", "", "", ""])
         else:
             minutes = gpus * accumulated / choice.speed / 60
-            rows.append([base, described(choice), gib(choice.bytes), f"{choice.speed:.3g}", f"{minutes:.2g}"])
+            rows.append([base, described(choice), gib(choice.bytes), digits(choice.speed), f"{minutes:.2g}"])
     return table(["base", "fastest way that fits", "GiB per GPU", "pairs/s", "minutes per update"], rows)
 
 
 def page() -> str:
     """docs/sizes.md."""
     usual = Work()
+    gpus = "; ".join(
+        f"{name} with {kind.flops / 1e12:g} TFLOP/s and {kind.within / 1e9:g} GB/s to the next"
+        + (f" ({kind.between / 1e9:g} GB/s on another machine)" if max(COUNTS[name]) > kind.in_a_machine else "")
+        for name, kind in HARDWARE.items()
+    )
     parts = [
         "# Sizes on paper",
         "Which GPUs a base model needs, to choose before renting. Everything on this page is computed, by\n"
@@ -330,18 +342,13 @@ def page() -> str:
         "**Memory** is the sum of weights, adapter (LoRA on all linear layers), gradients, AdamW's state, DeepSpeed's\n"
         "buckets, kept activations and a chunk of logits, for pairs as long as `MAX_LENGTH` lets them be, "
         f"{usual.pairs_per_forward} in a forward, with\n"
-        f"dropout. The tests compare the activations with those of real forwards (within 1 %) and the whole with real\n"
-        f"runs on a CPU. An assumption is what CUDA, NCCL and fragmentation take: {RUNTIME_BYTES / 1e9:g} GB.",
+        f"dropout. The tests compare the activations with those of real forwards (within 1 %) and the whole with runs\n"
+        f"measured on a CPU (within 12 %). An assumption is what CUDA, NCCL and fragmentation take: {RUNTIME_BYTES / 1e9:g} GB.",
         "**Speed** is the arithmetic of a guided pair (policy forward and backward, teacher forward; the reference comes\n"
         "from its cache) divided by a share of the peak that is assumed: "
         + ", ".join(f"{kind.efficiency:.0%} in {name}" for name, kind in PRECISIONS.items() if name != "fp32")
-        + ";\nor, with ZeRO-3, the time to gather the weights, where that is longer. GPUs: "
-        + "; ".join(
-            f"{name} with {kind.flops / 1e12:g} TFLOP/s and {kind.within / 1e9:g} GB/s between them"
-            + (f", {kind.between / 1e9:g} GB/s to another machine" if max(COUNTS[name]) > kind.in_a_machine else "")
-            for name, kind in HARDWARE.items()
-        )
-        + ".\nTake it as right within a factor of two: `tests/benchmark/benchmark.py` measures yours.",
+        + f"; or,\nwith ZeRO-3, the time to gather the weights, where that is longer. GPUs: {gpus}.\n"
+        "Take it as right within a factor of two: `tests/benchmark/benchmark.py` measures yours.",
         "## The settings of the launcher's comments",
         *(f"### {title}\n\n{settings_table(*setting)}" for title, setting in SETTINGS.items()),
         f"## Pairs per second, `MAX_LENGTH={usual.max_length}`, `LORA_R={usual.lora_r}`",
