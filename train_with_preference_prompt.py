@@ -4197,6 +4197,16 @@ class PreferenceGuidedDPOTrainer(Trainer):
                 mark_complete(checkpoint)
                 drop_old_checkpoints(output_dir)
 
+    def _save(self, output_dir=None, state_dict=None):
+        """The stock version; PEFT calls the soft prompt's module for its embeddings, which rank 0 alone cannot in ZeRO-3."""
+        if not (self.is_divided and self.settings.trains_prefix):
+            return super()._save(output_dir, state_dict)
+        config = self.model.peft_config["default"]
+        with whole(self.soft_prompt.parameters()):
+            config.inference_mode = True  # PEFT then takes them from their place
+            super()._save(output_dir, state_dict)
+            config.inference_mode = False
+
     # --- logging
 
     def log(self, logs, start_time=None):
