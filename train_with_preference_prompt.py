@@ -4551,9 +4551,9 @@ def fitting_settings(
     Raises:
         InputError: the longest pair alone does not fit.
     """
-    if hf_args.hf_deepspeed_config.is_zero3():
-        return args
     zero = hf_args.hf_deepspeed_config.config.get("zero_optimization", {})
+    if zero.get("stage") == 3:
+        return args
     reserved, fitting = engine_bytes(policy, zero), args
     size = min(args.pairs_per_forward, args.gradient_accum_steps, math.ceil(len(dataset) / hf_args.world_size))
     while True:
@@ -5652,9 +5652,10 @@ def zero_problems(args: ScriptArguments, zero: Mapping[str, Any], dtype: torch.d
     problems = []
     for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
         if device_of(zero, part) != "none" and stage < least:
+            otherwise = "empty OFFLOAD" if args.offload else "leave that part out"
             problems.append(
-                f"{by_offload}: {part} needs ZeRO stage {least}{'' if least == 3 else ' or more'}, and this is stage "
-                f"{stage}; set ZERO_STAGE={least}, or leave it out"
+                f"{by_offload}: {part} needs at least ZeRO stage {least}, and this is {stage}; choose a higher stage "
+                f"(ZERO_STAGE), or {otherwise}"
             )
     if stage == 0 and dtype not in (None, torch.float32):
         problems.append(
