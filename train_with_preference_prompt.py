@@ -3910,8 +3910,17 @@ RANK_TIMEOUT = (
 BATCH_PARTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
 
+def device_of(zero: Mapping[str, Any], part: str) -> str:
+    """Where a part of `zero_optimization` offloads to."""
+    return (zero.get(part) or {}).get("device", "none")
+
+
 def deepspeed_config(args: ScriptArguments, on_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration for a run: that of the file, with ZERO_STAGE and OFFLOAD in their places."""
+    """DeepSpeed's configuration for a run: that of the file, with ZERO_STAGE and OFFLOAD in their places.
+
+    Where it keeps AdamW's state in CPU memory and the file says nothing else, the Trainer's AdamW computes there:
+    DeepSpeed's own, which is the same for the few parameters of an adapter, would first have to be compiled.
+    """
     config = json.loads(args.ds_config_path.read_text(encoding="utf-8"))
     config |= {part: "auto" for part in BATCH_PARTS if part in config}  # the Trainer counts rows, not pairs
     zero = {"stage": 0, **config.get("zero_optimization", {})}
@@ -3919,7 +3928,7 @@ def deepspeed_config(args: ScriptArguments, on_gpu: bool) -> dict[str, Any]:
         zero["stage"] = int(args.zero_stage)
     if args.offload:
         zero = {name: {"device": "cpu", "pin_memory": on_gpu} for name in OFFLOADED[args.offload]} | zero
-        # The Trainer's AdamW computes there, too; DeepSpeed's own would first have to be compiled.
+    if device_of(zero, "offload_optimizer") != "none":
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     return config | {"zero_optimization": zero}
 
@@ -5612,11 +5621,6 @@ def owned_problems(where: str, config: Mapping[str, Any], values: Mapping[str, A
         here = f", but the settings make it {values[part]!r}" if type(config[part]) in (int, float) and values else ""
         problems.append(f"{where}: {part} is {config[part]!r}{here}; {accepted}, and set {instead}")
     return problems
-
-
-def device_of(zero: Mapping[str, Any], part: str) -> str:
-    """Where a part of `zero_optimization` offloads to."""
-    return (zero.get(part) or {}).get("device", "none")
 
 
 def zero_contradictions(args: ScriptArguments, zero: Mapping[str, Any]) -> list[str]:

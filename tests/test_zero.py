@@ -23,7 +23,7 @@ import train_with_preference_prompt as T
 ranked = pytest.mark.skipif(T.CORES < 2, reason="two ranks need two cores")
 SHIPPED = json.loads((PROJECT / "ds_config.json").read_text())
 MODES = ("text", "embedding", "ptuning")
-SETTINGS = {"LORA_DROPOUT": "0", "BETA": "0.1", "NUM_EPOCHS": "2", "NUM_VIRTUAL_TOKENS": "6"}
+SETTINGS = {"LORA_DROPOUT": "0", "BETA": "0.1", "NUM_EPOCHS": "1", "EVAL_STEPS": "1", "NUM_VIRTUAL_TOKENS": "6"}
 OF_LORA = {"ALPHA": "0.5", "LEARNING_RATE": "0.01"}
 TRAJECTORY = ("loss/train", "loss/eval", "optim/grad_norm", "rewards_eval/accuracy", "logps_train/pref_chosen")
 
@@ -57,13 +57,27 @@ def alone(variables, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def divided(variables, tmp_path_factory):
+def zero(tmp_path_factory):
+    """Settings of a ZeRO stage and offloading. ZeRO-3 would leave parameters as small as these whole while it trains."""
+    zero_3 = {**SHIPPED["zero_optimization"], "stage3_param_persistence_threshold": 0}
+    del zero_3["stage"]
+    path = tmp_path_factory.mktemp("zero") / "zero.json"
+    path.write_text(json.dumps({**SHIPPED, "zero_optimization": zero_3}))
+
+    def of_stage(stage: str, offload: str = "") -> dict[str, str]:
+        return {"ZERO_STAGE": stage, "OFFLOAD": offload, **({"DS_CONFIG": str(path)} if stage == "3" else {})}
+
+    return of_stage
+
+
+@pytest.fixture(scope="module")
+def divided(variables, zero, tmp_path_factory):
     """A finished run on two ranks with a ZeRO stage and offloading."""
 
     @functools.cache
     def run(mode: str, stage: str, offload: str = "") -> Path:
         cwd = tmp_path_factory.mktemp(f"{mode}_{stage}_{offload}")
-        both_finished({**variables(mode, 2), "ZERO_STAGE": stage, "OFFLOAD": offload}, cwd)
+        both_finished({**variables(mode, 2), **zero(stage, offload)}, cwd)
         return cwd
 
     return run
@@ -104,7 +118,7 @@ def assert_all_is_saved(cwd: Path, mode: str, base: str) -> None:
         torch.testing.assert_close(opened(input_ids=ids).logits, adapted, rtol=1e-4, atol=1e-3)
 
 
-COVERING = [("3", "text", "both"), ("0", "text", ""), ("3", "ptuning", ""), ("3", "embedding", "parameters")]
+COVERING = [("3", "text", "both"), ("0", "text", ""), ("3", "ptuning", "")]
 
 
 @ranked
@@ -126,14 +140,13 @@ EVERY = [(stage, mode, offload) for stage in "0123" for mode in MODES for offloa
 @ranked
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("stage", "mode", "offload"), EVERY)
-def test_every_stage_in_every_mode(stage, mode, offload, ranks, alone, divided, variables, tiny_run, tmp_path):
+def test_every_stage_in_every_mode(stage, mode, offload, ranks, alone, divided, variables, zero, tiny_run, tmp_path):
     """With activations computed again, too, where one rank alone trains: on two ranks the covering cases have them not."""
     cwd = tmp_path
     if ranks == 2:
         cwd = divided(mode, stage, offload)
     else:
-        zero = {"ZERO_STAGE": stage, "OFFLOAD": offload, "GRADIENT_CHECKPOINTING": "true"}
-        finished(train({**variables(mode), **zero}, cwd))
+        finished(train({**variables(mode), **zero(stage, offload), "GRADIENT_CHECKPOINTING": "true"}, cwd))
     assert_the_same_training(cwd, alone(mode))
     assert_all_is_saved(cwd, mode, tiny_run["POLICY_MODEL_PATH"])
 
@@ -141,14 +154,14 @@ def test_every_stage_in_every_mode(stage, mode, offload, ranks, alone, divided, 
 @pytest.mark.slow
 @ranked
 @pytest.mark.parametrize("mode", MODES)
-def test_zero_3_with_activations_computed_again_on_two_ranks(mode, alone, variables, tmp_path):
-    both_finished({**variables(mode, 2), "ZERO_STAGE": "3", "GRADIENT_CHECKPOINTING": "true"}, tmp_path)
+def test_zero_3_with_activations_computed_again_on_two_ranks(mode, alone, variables, zero, tmp_path):
+    both_finished({**variables(mode, 2), **zero("3"), "GRADIENT_CHECKPOINTING": "true"}, tmp_path)
     assert_the_same_training(tmp_path, alone(mode))
 
 
 @pytest.mark.slow
 @ranked
-def test_zero_3_with_untied_embeddings_and_an_adapted_head(variables, tokenizer, tmp_path):
+def test_zero_3_with_untied_embeddings_and_an_adapted_head(variables, zero, tokenizer, tmp_path):
     """The head's weights are no longer the embeddings', and are read by an adapter of their own."""
     make_model("qwen2", len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -157,7 +170,7 @@ def test_zero_3_with_untied_embeddings_and_an_adapted_head(variables, tokenizer,
     for folder in (one, two):
         folder.mkdir()
     finished(train({**variables("text"), **named}, one))
-    both_finished({**variables("text", 2), **named, "ZERO_STAGE": "3"}, two)
+    both_finished({**variables("text", 2), **named, **zero("3")}, two)
     assert_the_same_training(two, one)
     assert_all_is_saved(two, "text", named["POLICY_MODEL_PATH"])
 
@@ -165,24 +178,24 @@ def test_zero_3_with_untied_embeddings_and_an_adapted_head(variables, tokenizer,
 @pytest.mark.slow
 @ranked
 @pytest.mark.parametrize("reference", ["base", "adapter"])
-def test_zero_3_continues_an_adapter(reference, alone, variables, tmp_path):
+def test_zero_3_continues_an_adapter(reference, alone, variables, zero, tmp_path):
     """Also where the reference is the adapter as it was, whose values are put in place of the trained ones for a time."""
     of_adapter = {"ADAPTER_PATH": str(output_of(alone("text"))), "ADAPTER_REFERENCE": reference}
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()
     finished(train({**variables("text"), **of_adapter}, one))
-    both_finished({**variables("text", 2), **of_adapter, "ZERO_STAGE": "3"}, two)
+    both_finished({**variables("text", 2), **of_adapter, **zero("3")}, two)
     assert_the_same_training(two, one)
 
 
 @pytest.mark.slow
 @ranked
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_half_precision(stage, alone, variables, tmp_path):
+def test_half_precision(stage, alone, variables, zero, tmp_path):
     """Plain DPO with an evaluation and a checkpoint after every update: ZeRO-3 fetches ahead what is then not needed."""
-    halved = {"PRECISION": "bf16", "ALPHA": "0", "EVAL_STEPS": "1", "LEARNING_RATE": "0.0001", "ZERO_STAGE": stage}
-    both_finished({**variables("text", 2), **halved}, tmp_path)
+    halved = {"PRECISION": "bf16", "ALPHA": "0", "NUM_EPOCHS": "2", "LEARNING_RATE": "0.0001"}
+    both_finished({**variables("text", 2), **halved, **zero(stage)}, tmp_path)
     start, exact = (series(cwd, "loss_components/dpo_loss_eval")[0] for cwd in (tmp_path, alone("text")))
     assert start == pytest.approx(exact, rel=0.1)
     merged = torch.load(output_of(tmp_path) / T.MERGED_WEIGHTS, weights_only=True)
@@ -194,36 +207,36 @@ def test_half_precision(stage, alone, variables, tmp_path):
 
 def stopped_before_the_end(cwd: Path, copy: Path) -> None:
     shutil.copytree(output_of(cwd), output_of(copy), symlinks=True)
-    (output_of(copy) / T.MODEL_CARD).unlink()  # as if it had been stopped while it saved after update 4
-    (output_of(copy) / "checkpoint-4" / T.CHECKPOINT_FILES).unlink()
-    assert T.newest_checkpoint(output_of(copy)).name == "checkpoint-2"
+    (output_of(copy) / T.MODEL_CARD).unlink()  # as if it had been stopped while it saved after update 2
+    (output_of(copy) / "checkpoint-2" / T.CHECKPOINT_FILES).unlink()
+    assert T.newest_checkpoint(output_of(copy)).name == "checkpoint-1"
 
 
-def assert_resumed(stage, mode, offload, divided, variables, tmp_path):
+def assert_resumed(stage, mode, offload, divided, variables, zero, tmp_path):
     whole = divided(mode, stage, offload)
     stopped_before_the_end(whole, tmp_path)
-    both_finished({**variables(mode, 2), "ZERO_STAGE": stage, "OFFLOAD": offload, "RESUME": "true"}, tmp_path)
+    both_finished({**variables(mode, 2), **zero(stage, offload), "RESUME": "true"}, tmp_path)
     assert_bit_equal(tmp_path, whole)
 
 
 @ranked
 @pytest.mark.parametrize(("stage", "mode", "offload"), [("3", "text", "both"), ("0", "text", "")])
-def test_a_resumed_run_equals_an_uninterrupted_one(stage, mode, offload, divided, variables, tmp_path):
-    assert_resumed(stage, mode, offload, divided, variables, tmp_path)
+def test_a_resumed_run_equals_an_uninterrupted_one(stage, mode, offload, divided, variables, zero, tmp_path):
+    assert_resumed(stage, mode, offload, divided, variables, zero, tmp_path)
 
 
 @pytest.mark.slow
 @ranked
 @pytest.mark.parametrize(("stage", "mode", "offload"), [case for case in EVERY if case[1] != "embedding"])
-def test_every_stage_resumes(stage, mode, offload, divided, variables, tmp_path):
-    assert_resumed(stage, mode, offload, divided, variables, tmp_path)
+def test_every_stage_resumes(stage, mode, offload, divided, variables, zero, tmp_path):
+    assert_resumed(stage, mode, offload, divided, variables, zero, tmp_path)
 
 
 @pytest.mark.slow
 @ranked
-def test_a_run_that_lacks_memory_may_go_on_offloaded(divided, variables, tmp_path):
+def test_a_run_that_lacks_memory_may_go_on_offloaded(divided, variables, zero, tmp_path):
     stopped_before_the_end(divided("text", "3"), tmp_path)
-    both_finished({**variables("text", 2), "ZERO_STAGE": "3", "OFFLOAD": "both", "RESUME": "true"}, tmp_path)
+    both_finished({**variables("text", 2), **zero("3", "both"), "RESUME": "true"}, tmp_path)
     assert_the_same_training(tmp_path, divided("text", "3"))
 
 
@@ -243,19 +256,19 @@ def test_a_run_resumes_with_its_own_stage_and_any_offloading():
 
 
 @ranked
-@pytest.mark.parametrize(("stage", "gradient"), [("0", True), ("3", False)])
-def test_a_number_that_is_not_finite_is_found(stage, gradient, variables, tmp_path):
-    """Row 12 is the second rank's: the first one names it. Ranks with fewer suspects have to compute as often."""
+@pytest.mark.parametrize(("stage", "mode", "gradient"), [("0", "text", True), ("3", "embedding", False)])
+def test_a_number_that_is_not_finite_is_found(stage, mode, gradient, variables, zero, tmp_path):
+    """Row 12 is the second rank's: the first one names it. A rank with fewer suspects has to compute as often."""
     script = sabotaged(POISON.format(training=True, place=11, value="nan", gradient=gradient), tmp_path)
-    settings = {**variables("text", 2), "ZERO_STAGE": stage, "GRADIENT_ACCUM_STEPS": "3"}
+    settings = {**variables(mode, 2), **zero(stage), "GRADIENT_ACCUM_STEPS": "3"}
     (status, _, first), (other_status, _, second) = two_ranks(settings, tmp_path, script)
     assert (status, other_status) == (1, 1), first[-2000:] + second[-2000:]
     assert "it comes from row 12 of" in first and "error:" not in second
 
 
-def test_zero_3_says_what_does_not_fit_into_memory(variables, tmp_path):
+def test_zero_3_says_what_does_not_fit_into_memory(variables, zero, tmp_path):
     program = limit(tmp_path, tokens=0, error=ON_GPU)
-    result = train({**variables("text"), "ZERO_STAGE": "3"}, tmp_path, program)
+    result = train({**variables("text"), **zero("3")}, tmp_path, program)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr[-2000:]
     message = result.stderr.split("error:\n")[1]
     assert "PAIRS_PER_FORWARD (--pairs_per_forward) is 2: the longest batch, 2 pairs, does not fit" in message
@@ -269,7 +282,7 @@ def test_zero_3_says_what_does_not_fit_into_memory(variables, tmp_path):
 def test_rank_0_alone_writes(variables, tmp_path):
     """The second rank has a folder of its own: only DeepSpeed's and the random state's part of a checkpoint are there."""
     folders, port = (tmp_path / "first", tmp_path / "second"), str(free_port())
-    settings = {**variables("text", 2), "CPU_RANKS": "2", "NUM_EPOCHS": "1"}
+    settings = {**variables("text", 2), "CPU_RANKS": "2"}
     runs = []
     for rank, folder in enumerate(folders):
         folder.mkdir()
@@ -277,10 +290,7 @@ def test_rank_0_alone_writes(variables, tmp_path):
     for run in runs:
         finished(run.wait())
     written = {path.name for path in folders[1].rglob("*") if path.is_file()}
-    assert written == {"bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "rng_state_1.pth"} or written == {
-        "zero_pp_rank_1_mp_rank_00_optim_states.pt",
-        "rng_state_1.pth",
-    }
+    assert written == {"zero_pp_rank_1_mp_rank_00_optim_states.pt", "rng_state_1.pth"}
     assert (output_of(folders[0]) / T.MODEL_CARD).exists()
 
 
@@ -310,7 +320,8 @@ def test_offloading_is_added(offload, parts, on_gpu):
     config = T.deepspeed_config(parse(["--zero_stage=3", f"--offload={offload}"]), on_gpu)
     place = {"device": "cpu", "pin_memory": on_gpu}
     zero = {**SHIPPED["zero_optimization"], "stage": 3, **dict.fromkeys(parts, place)}
-    assert config == {**SHIPPED, "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+    own_adam = {"zero_force_ds_cpu_optimizer": False} if "offload_optimizer" in parts else {}
+    assert config == {**SHIPPED, "zero_optimization": zero, **own_adam}
 
 
 def own(folder: Path, **parts) -> list[str]:
@@ -321,7 +332,7 @@ def own(folder: Path, **parts) -> list[str]:
 
 def test_a_configuration_of_ones_own_is_honoured(tmp_path):
     zero = {"stage": 3, "stage3_prefetch_bucket_size": 1000, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}
-    parts = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 7}
+    parts = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": True, "steps_per_print": 7}
     args = parse([*own(tmp_path, **parts), "--zero_stage=3", "--offload=optimizer"])
     assert T.deepspeed_config(args, on_gpu=True) == parts
     assert T.ds_config_problems(args, T.Devices("localhost:0", 1, on_gpu=False)) == []
