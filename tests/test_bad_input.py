@@ -267,9 +267,9 @@ FLAGS = {
         LR_SCHEDULER_TYPE="polynomial",
     ),
     "ZeRO and offloading": case(
-        "ZERO_STAGE (--zero_stage) is '3': choose the ZeRO stage in the file that DS_CONFIG names; set it to ''",
-        "OFFLOAD (--offload) is 'cpu': choose offloading in the file that DS_CONFIG names; set it to ''",
-        ZERO_STAGE="3",
+        "ZERO_STAGE (--zero_stage) is '4': there is no such ZeRO stage; set it to '' or '0' or '1' or '2' or '3'",
+        "OFFLOAD (--offload) is 'cpu': there is no such offloading; set it to '' or 'optimizer' or 'parameters' or 'both'",
+        ZERO_STAGE="4",
         OFFLOAD="cpu",
     ),
     "several nodes": case(
@@ -760,11 +760,21 @@ DEVICES = {
         "{}".encode("utf-16"), "not a readable JSON object (…utf-8…); name a DeepSpeed configuration"
     ),
     "null for ZeRO": deepspeed('{"zero_optimization": null}', "…zero_optimization…; …"),
-    "ZeRO 3": deepspeed(
-        '{"zero_optimization": {"stage": 3}}', "ZeRO stage 3 is not available in this version; use 1 or 2"
-    ),
+    "ZeRO 4": deepspeed('{"zero_optimization": {"stage": 4}}', "there is no ZeRO stage 4; use 0, 1, 2 or 3"),
     "word for a ZeRO stage": deepspeed(
-        '{"zero_optimization": {"stage": "two"}}', "ZeRO stage …two… is not available in this version; use 1 or 2"
+        '{"zero_optimization": {"stage": "two"}}', "there is no ZeRO stage 'two'; use 0, 1, 2 or 3"
+    ),
+    "another ZeRO stage than the configuration's": case(
+        "ZERO_STAGE (--zero_stage) is '3', but in ds.json (DS_CONFIG) zero_optimization.stage is 1; empty ZERO_STAGE, "
+        "or change that or leave it out",
+        files={"ds.json": '{"zero_optimization": {"stage": 1}}'},
+        DS_CONFIG="ds.json",
+        ZERO_STAGE="3",
+    ),
+    "parameters kept in CPU memory but not divided": case(
+        "OFFLOAD (--offload) is 'parameters': offload_param needs at least ZeRO stage 3, and this is 2; choose a higher "
+        "stage (ZERO_STAGE), or empty OFFLOAD",
+        OFFLOAD="parameters",
     ),
     "DeepSpeed counts an update otherwise": deepspeed(
         '{"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 3}',
