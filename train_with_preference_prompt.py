@@ -3928,8 +3928,9 @@ class LossProgressCallback(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs[loss[0]]:.4f}", accuracy=f"{logs[accuracy[0]]:.2f}")
         if LEFT_OUT in logs:
             self.training_bar.write(
-                f"notice: update {state.global_step} was left out, so that its pairs taught nothing: a gradient "
-                f"overflowed fp16; the loss scale goes down to {logs[LEFT_OUT]:g} as it does until gradients fit"
+                f"notice: update {state.global_step} was left out, as a gradient overflowed fp16: its pairs taught "
+                "nothing, and the learning rate stays; the loss scale, which follows the gradients, is now "
+                f"{logs[LEFT_OUT]:g}"
             )
         if loss[1] in logs:
             self.training_bar.write(
@@ -5551,6 +5552,16 @@ OWNED = {
 }
 
 
+def sharded_4bit_problems(args: ScriptArguments, stage: int) -> list[str]:
+    """Why a base in 4 bits does not go with a ZeRO stage."""
+    if not args.load_in_4bit or stage < 3:
+        return []
+    return [
+        f"{describe('load_in_4bit', True)}: ZeRO stage {stage} divides the model among the ranks, which it cannot do "
+        "with weights in 4 bits; use ZeRO stage 1 or 2, where every rank has the whole model, or set it to false"
+    ]
+
+
 def ds_config_problems(args: ScriptArguments) -> list[str]:
     """Why the DeepSpeed configuration cannot be used."""
     where, path = describe("ds_config", args.ds_config), args.ds_config_path
@@ -5571,6 +5582,7 @@ def ds_config_problems(args: ScriptArguments) -> list[str]:
             problems.append(f"{where}: {part} is {config[part]!r}; {accepted}, and set {instead}")
     if (stage := zero.get("stage", 0)) not in (1, 2) or stage is True:
         return [*problems, f"{where}: ZeRO stage {stage!r} is not available in this version; use 1 or 2"]
+    problems += sharded_4bit_problems(args, stage)
     with contextlib.redirect_stdout(None):  # DeepSpeed greets there
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     try:
@@ -5600,16 +5612,6 @@ def trains_in_fp16() -> bool:
     with contextlib.redirect_stdout(None):  # it greets there
         from deepspeed.accelerator import get_accelerator
     return bool(get_accelerator().is_fp16_supported())
-
-
-def sharded_4bit_problems(args: ScriptArguments, stage: int) -> list[str]:
-    """Why a base in 4 bits does not go with a ZeRO stage."""
-    if not args.load_in_4bit or stage < 3:
-        return []
-    return [
-        f"{describe('load_in_4bit', True)}: ZeRO stage {stage} splits the model's parameters over the GPUs, but not what "
-        "scales 4 bits; use stage 0, 1 or 2, with the whole model on every GPU, or set it to false"
-    ]
 
 
 def problems_of(check: Callable[..., Any], *arguments: Any) -> tuple[Any, list[str]]:
