@@ -2742,29 +2742,32 @@ BITSANDBYTES = "bitsandbytes>=0.50,<0.51"  # what LOAD_IN_4BIT needs beside the 
 
 def bitsandbytes_problem(on_gpu: bool) -> str | None:
     """Why the installed bitsandbytes cannot keep weights in 4 bits on this kind of device; nothing runs there."""
-    install = f"{shlex.quote(sys.executable)} -m pip install {shlex.quote(BITSANDBYTES)}"
+    install = f"run {shlex.quote(sys.executable)} -m pip install {shlex.quote(BITSANDBYTES)}"
     try:
         version = importlib.metadata.version("bitsandbytes")
     except importlib.metadata.PackageNotFoundError:
-        return f"bitsandbytes, which does it, is not installed; run '{install}'"
+        return f"bitsandbytes, which does it, is not installed; {install}"
     if not Requirement(BITSANDBYTES).specifier.contains(version):
-        return f"bitsandbytes {version} is installed, and this program knows another one; run '{install}'"
+        return f"bitsandbytes {version} is installed, and this program knows another one; {install}"
     try:
         from bitsandbytes.cextension import lib
     except Exception as error:  # whatever its libraries raise when they are loaded
         reason = shortened(" ".join(str(error).split()))
-        return f"bitsandbytes cannot be loaded ({type(error).__name__}: {reason}); run '{install}'"
+        return f"bitsandbytes cannot be loaded ({type(error).__name__}: {reason}); {install}"
     if on_gpu and not lib.compiled_with_cuda:
         return (
             f"bitsandbytes has no library for this PyTorch's CUDA ({torch.version.cuda}), so that it cannot use the "
-            f"GPU; '{shlex.quote(sys.executable)} -m bitsandbytes' says more"
+            f"GPU; {shlex.quote(sys.executable)} -m bitsandbytes says more"
         )
     return None
 
 
 def quant_state(layer: nn.Module) -> Any | None:
-    """What dequantises the weight of a linear layer that is kept in 4 bits; None for any other layer."""
-    return getattr(getattr(layer, "weight", None), "quant_state", None)
+    """What dequantises the weight of a linear layer that is kept in 4 bits; None for any other layer.
+
+    PEFT's layer around it, which shows the same weight, is another one.
+    """
+    return getattr(layer.weight, "quant_state", None) if isinstance(layer, nn.Linear) else None
 
 
 def is_quantised(model: nn.Module) -> bool:
@@ -5593,6 +5596,13 @@ def ds_config_problems(args: ScriptArguments) -> list[str]:
     return problems
 
 
+def trains_in_fp16() -> bool:
+    """What DeepSpeed will say of this machine's devices."""
+    with contextlib.redirect_stdout(None):  # it greets there
+        from deepspeed.accelerator import get_accelerator
+    return bool(get_accelerator().is_fp16_supported())
+
+
 def device_problems(args: ScriptArguments, devices: Devices) -> list[str]:
     """Why the devices cannot compute as PRECISION and LOAD_IN_4BIT ask for; nothing is put on them."""
     problems = []
@@ -5605,13 +5615,6 @@ def device_problems(args: ScriptArguments, devices: Devices) -> list[str]:
     if args.load_in_4bit and (problem := bitsandbytes_problem(devices.on_gpu)) is not None:
         problems.append(f"{describe('load_in_4bit', True)}: {problem}, or set it to false")
     return problems
-
-
-def trains_in_fp16() -> bool:
-    """What DeepSpeed will say of this machine's devices."""
-    with contextlib.redirect_stdout(None):  # it greets there
-        from deepspeed.accelerator import get_accelerator
-    return bool(get_accelerator().is_fp16_supported())
 
 
 def problems_of(check: Callable[..., Any], *arguments: Any) -> tuple[Any, list[str]]:

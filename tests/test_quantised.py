@@ -215,27 +215,30 @@ def test_negative_control_pefts_own_merge_is_another_model(folder, tokenized):
     assert (T.teacher_logps(merged, pack(tokenized)) - expected).abs().max() > 0.1
 
 
-def test_gpt2s_layers_keep_their_matrix_the_other_way_round(tmp_path):
-    sizes = dict(n_embd=64, n_layer=1, n_head=4, n_positions=64, vocab_size=100)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_gpt2s_layers_keep_their_matrix_the_other_way_round(tmp_path, tokenizer, tokenized):
+    sizes = dict(
+        n_embd=64, n_layer=1, n_head=4, n_positions=512, vocab_size=len(tokenizer), eos_token_id=2, bos_token_id=1
+    )
     AutoModelForCausalLM.from_config(GPT2Config(**sizes, initializer_range=0.3)).save_pretrained(tmp_path)
-    ids = torch.tensor([[5, 60, 7]])
-    model = load(str(tmp_path)).eval()
-    with torch.no_grad():
-        expected = model(ids).logits
-        dense = T.dequantise(model)
-        torch.testing.assert_close(dense(ids).logits, expected, **CLOSE)
-        T.save_merged(dense, tmp_path / "dense")
-        opened = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
-        torch.testing.assert_close(opened(ids).logits, expected, **CLOSE)
+    policy = trained_policy(str(tmp_path))
+    assert len(quantised_names(policy)) == 4
+    T.speed_up_adapter(policy, checkpointed=False)
+    expected = T.teacher_logps(policy, pack(tokenized))
+    merged = T.merged_model(policy)
+    torch.testing.assert_close(T.teacher_logps(merged, pack(tokenized)), expected, **CLOSE)
+    T.save_merged(merged, tmp_path / "merged")
+    opened = T.enable_packed_forward(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(T.teacher_logps(opened, pack(tokenized)), expected, **CLOSE)
 
 
 @pytest.mark.parametrize(("free", "place"), [(100.0, "cpu"), (120.0, "cuda")])
 def test_what_a_gpu_has_no_room_for_is_merged_on_the_cpu(free, place, monkeypatch):
     """50 weights of 2 bytes each; a tenth of what is free stays so."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
-    layer = SimpleNamespace(weight=SimpleNamespace(quant_state=SimpleNamespace(shape=(5, 10))))
-    base = SimpleNamespace(dtype=torch.bfloat16)
-    modules = [layer, SimpleNamespace(weight=torch.ones(900)), SimpleNamespace()]
+    layer, base = nn.Linear(1, 1), SimpleNamespace(dtype=torch.bfloat16)
+    layer.weight.quant_state = SimpleNamespace(shape=(5, 10))
+    modules = [layer, SimpleNamespace(weight=layer.weight), nn.Linear(90, 10), nn.Sequential()]  # PEFT's shows it again
     policy = SimpleNamespace(device=torch.device("cuda"), modules=lambda: modules, get_base_model=lambda: base)
     assert T.merge_place(policy).type == place
     policy.device = HERE
@@ -379,7 +382,7 @@ def test_two_ranks_train_as_one(tiny_run, tmp_path):
 # --- what is checked before anything is loaded
 
 QUANTISED = T.ScriptArguments(load_in_4bit=True)
-INSTALL = f"run '{sys.executable} -m pip install 'bitsandbytes>=0.50,<0.51''"
+INSTALL = f"run {sys.executable} -m pip install 'bitsandbytes>=0.50,<0.51'"
 
 
 def version(monkeypatch, number):
