@@ -47,7 +47,7 @@ OVERWRITE="${OVERWRITE:-false}"                         # replace the earlier ru
 
 # ---- rarely needed ----------------------------------------------------------------------------------------------
 DRY_RUN="${DRY_RUN:-0}"                                 # 1: print the plan and the command, then stop
-PRECISION="${PRECISION:-auto}"                          # auto · bf16 · fp32
+PRECISION="${PRECISION:-auto}"                          # auto: bf16 on a GPU that has it, else fp32 · bf16 · fp16 · fp32
 GRADIENT_CHECKPOINTING="${GRADIENT_CHECKPOINTING:-false}" # less memory, slower
 CPU_RANKS="${CPU_RANKS:-1}"                             # processes that share the cores when there is no GPU
 DATA_FORMAT="${DATA_FORMAT:-auto}"                      # auto · plain · messages · repeated · transcript
@@ -61,7 +61,7 @@ OFFLOAD="${OFFLOAD:-}"
 HOSTFILE="${HOSTFILE:-}"
 NODE_RANK="${NODE_RANK:-}"
 MASTER_ADDR="${MASTER_ADDR:-}"
-LOAD_IN_4BIT="${LOAD_IN_4BIT:-false}"
+LOAD_IN_4BIT="${LOAD_IN_4BIT:-false}"                   # base model in 4 bits (QLoRA); needs bitsandbytes
 ADAPTER_PATH="${ADAPTER_PATH:-}"                        # folder of a LoRA adapter to continue from
 ADAPTER_REFERENCE="${ADAPTER_REFERENCE:-}"              # its DPO reference: base (adapter off) · adapter (as it is at the start)
 PRESET="${PRESET:-}"                                    # sets BETA and ALPHA: conservative · balanced · aggressive

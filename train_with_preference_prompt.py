@@ -74,6 +74,7 @@ import transformers
 from datasets import Dataset as ArrowDataset
 from datasets import Features, List, Value, load_dataset, load_from_disk
 from datasets import config as datasets_config
+from packaging.requirements import Requirement
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -97,6 +98,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -109,6 +111,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.logging import tqdm
 
@@ -169,8 +172,10 @@ LEARNING_RATE_TAG, GRAD_NORM_TAG = "optim/learning_rate", "optim/grad_norm"
 PAIRS_PER_SECOND_TAG, TOKENS_PER_SECOND_TAG = "throughput/pairs_per_second", "throughput/tokens_per_second"
 PEAK_MEMORY_TAG = "throughput/peak_memory_gib"
 SAMPLES_TAG = "samples/before_and_after"
-# In the trainer's log history only: without a slash they are no tags. The run's peak, and the pairs of an update.
+# In the trainer's log history only: without a slash they are no tags. The run's peak, the pairs of an update, and of
+# one that fp16's loss scaler left out the scale that it went on with.
 PEAK_MEMORY, UPDATE_PAIRS = "peak_memory_gib", "pairs"
+LEFT_OUT = "left_out_loss_scale"
 
 # Category → chart's title → a metric, shown on both sets, or a tag: TensorBoard's custom layout and the picture of it.
 CHARTS = {
@@ -305,8 +310,10 @@ class ScriptArguments:
     adapter_reference: str = setting(
         "", "With adapter_path, the DPO reference: base (adapter off) or adapter (the adapter as it is at the start)."
     )
-    precision: str = setting("auto", "auto (bf16 on a GPU that has it, else fp32), bf16 or fp32.")
-    load_in_4bit: bool = setting(False, "Load the base model in 4 bits.")
+    precision: str = setting("auto", "auto (bf16 on a GPU that has it, else fp32), bf16, fp16 or fp32.")
+    load_in_4bit: bool = setting(
+        False, "Keep the base model's linear layers in 4 bits (NF4, QLoRA): least memory, slower; needs bitsandbytes."
+    )
     lora_r: int = setting(16, "Rank of the LoRA matrices.")
     lora_alpha: int = setting(32, "LoRA scaling: updates are multiplied by lora_alpha / lora_r.")
     lora_dropout: float = setting(0.1, "Dropout on the input of the LoRA matrices, in the trained pass only.")
@@ -510,8 +517,7 @@ ONLY = {
     "prompt_init": (("text", "random"), "a soft prompt starts from PREFERENCE_TEXT or at random"),
     "data_format": (("auto", "plain", "messages", "repeated", "transcript"), "there is no such format"),
     "loss_type": (("sigmoid", "ipo", "hinge", "robust"), "there is no such loss"),
-    "precision": (("auto", "bf16", "fp32"), "no other precision is available in this version"),
-    "load_in_4bit": ((False,), "quantised base models are not available in this version"),
+    "precision": (("auto", "bf16", "fp16", "fp32"), "there is no such precision"),
     "adapter_reference": (("", "base", "adapter"), "there is no such reference"),
     "zero_stage": (("", "0", "1", "2", "3"), "there is no such ZeRO stage"),
     "offload": (("", *OFFLOADED), "there is no such offloading"),
@@ -2530,14 +2536,14 @@ def what_is_left(output_dir: Path) -> str:
 
 
 def deepspeeds_own_classes() -> contextlib.AbstractContextManager:
-    """Lets `torch.load(weights_only=True)` build the three data classes that DeepSpeed keeps in a checkpoint."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    """Lets `torch.load(weights_only=True)` build the four data classes that DeepSpeed keeps in a checkpoint."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     # Some versions of Python pickle an enum by getattr, which could do anything and is not allowed.
     ZeroStageEnum.__reduce_ex__ = lambda stage, protocol: (ZeroStageEnum, (stage.value,))
-    return torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address])
+    return torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
 
 
 class ReferenceCache:
@@ -2741,6 +2747,11 @@ def load_config_and_tokenizer(path: str, named: str = ""):
             f"{describe('policy_model_path', named)}: {kind} is not a causal language model; "
             "name one that AutoModelForCausalLM can load"
         )
+    if getattr(config, "quantization_config", None):
+        raise InputError(
+            f"{describe('policy_model_path', named)}: its weights are quantised already, which cannot be trained from "
+            "here; name the model that they were made from, and set LOAD_IN_4BIT=true to load that in 4 bits"
+        )
     return config, tokenizer
 
 
@@ -2791,10 +2802,75 @@ def trained_values(model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in trained.items()}
 
 
+BITSANDBYTES = "bitsandbytes>=0.50,<0.51"  # what LOAD_IN_4BIT needs beside the requirements
+
+
+def bitsandbytes_problem(on_gpu: bool) -> str | None:
+    """Why the installed bitsandbytes cannot keep weights in 4 bits on this kind of device; nothing runs there."""
+    install = f"run {shlex.quote(sys.executable)} -m pip install {shlex.quote(BITSANDBYTES)}"
+    try:
+        version = importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        return f"bitsandbytes, which does it, is not installed; {install}"
+    if not Requirement(BITSANDBYTES).specifier.contains(version):
+        return f"bitsandbytes {version} is installed, and this program knows another one; {install}"
+    try:
+        from bitsandbytes.cextension import lib
+    except Exception as error:  # whatever its libraries raise when they are loaded
+        reason = shortened(" ".join(str(error).split()))
+        return f"bitsandbytes cannot be loaded ({type(error).__name__}: {reason}); {install}"
+    if on_gpu and not lib.compiled_with_cuda:
+        return (
+            f"bitsandbytes has no library for this PyTorch's CUDA ({torch.version.cuda}), so that it cannot use the "
+            f"GPU; {shlex.quote(sys.executable)} -m bitsandbytes says more"
+        )
+    return None
+
+
+def quant_state(layer: nn.Module) -> Any | None:
+    """What dequantises the weight of a linear layer that is kept in 4 bits; None for any other layer.
+
+    PEFT's layer around it, which shows the same weight, is another one.
+    """
+    return getattr(layer.weight, "quant_state", None) if isinstance(layer, nn.Linear) else None
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether a model has layers that are kept in 4 bits."""
+    return any(quant_state(module) is not None for module in model.modules())
+
+
+def dequantised(weight: torch.Tensor, state: Any | None) -> torch.Tensor:
+    """The weight (out, in) of a linear layer as a dense matrix; `state` is None where it is one."""
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.detach(), state)
+
+
+def dequantise(model: PreTrainedModel) -> PreTrainedModel:
+    """Puts dense layers with the very same weights in the place of those in 4 bits, one after another."""
+    for name, layer in [(name, m) for name, m in model.named_modules() if quant_state(m) is not None]:
+        weight = dequantised(layer.weight, quant_state(layer))
+        with torch.device("meta"):  # GPT-2's layers keep their matrix the other way round
+            sizes, transposed = (layer.in_features, layer.out_features), issubclass(layer.source_cls, Conv1D)
+            dense = Conv1D(*reversed(sizes)) if transposed else nn.Linear(*sizes, bias=layer.bias is not None)
+        dense.weight = nn.Parameter(weight.T.contiguous() if transposed else weight, requires_grad=False)
+        dense.bias = layer.bias
+        model.set_submodule(name, dense)
+    model.hf_quantizer.remove_quantization_config(model)
+    model.is_loaded_in_4bit = False
+    return model
+
+
 def weights_digest(model: nn.Module) -> str:
-    """Identity of a model's weights: SHA-256 of names, shapes, dtypes and bytes."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    """Identity of a model's weights: SHA-256 of names, shapes, dtypes and bytes; of 4 bits with what scales them."""
+    digest, weights = hashlib.sha256(), list(model.named_parameters())
+    for name, layer in model.named_modules():
+        if (state := quant_state(layer)) is not None:
+            weights += [(f"{name}.{part}", value) for part, value in state.as_dict(packed=True).items()]
+    for name, weight in weights:
         with whole([weight]):
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
             digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
@@ -2817,6 +2893,7 @@ def reference_identity(model: PreTrainedModel, weights: str, device: torch.devic
         "device": device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **({"bitsandbytes": importlib.metadata.version("bitsandbytes")} if is_quantised(model) else {}),
     }
 
 
@@ -2898,19 +2975,37 @@ def vocabulary_problems(config, path: str, pairs: Sequence[TokenizedPair]) -> li
     ]
 
 
-def load_base_model(path: str, dtype: torch.dtype, named: str = "") -> PreTrainedModel:
+def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How QLoRA keeps a base model (arXiv 2305.14314, section 3): NF4, the scales quantised too; computes in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def load_base_model(
+    path: str, dtype: torch.dtype, named: str = "", in_4bit_on: torch.device | None = None
+) -> PreTrainedModel:
     """The base model in `dtype`; no code that comes with it is run.
+
+    Nothing of PEFT's `prepare_model_for_kbit_training` is needed: adapters freeze the base, the engine would undo casts
+    to fp32, and layers are recomputed without re-entering autograd, so that their input need not ask for a gradient.
 
     Args:
         named: how the user named the model, for an error.
+        in_4bit_on: keeps all linear layers but the output embeddings in 4 bits, on this device.
 
     Raises:
         InputError: its weights cannot be loaded or are not all there.
+        torch.OutOfMemoryError: it does not fit on the GPU that `in_4bit_on` names.
     """
     options = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name the tensors, below
+    if in_4bit_on is not None:
+        options |= {"quantization_config": four_bits(dtype), "device_map": {"": in_4bit_on}}
     try:
         model, found = AutoModelForCausalLM.from_pretrained(path, **options)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # damaged files raise anything
         raise InputError(unusable_model(named or path, "its weights cannot be loaded", error)) from error
     other_sizes = [name for name, *_ in found["mismatched_keys"]]
@@ -2920,6 +3015,11 @@ def load_base_model(path: str, dtype: torch.dtype, named: str = "") -> PreTraine
             f"{describe('policy_model_path', named or path)}: its weights lack {len(lacking)} tensors of the model, or "
             f"have them in other sizes: {shortened(', '.join(lacking))}; name a folder with all of its weights"
         )
+    for layer in model.modules():
+        if quant_state(layer) is not None:
+            # On CPUs with AVX512-BF16 a forward without gradient would pack the weights anew, for good: with coarser
+            # scales, and without a gradient from then on.
+            layer.support_avx512bf16_for_cpu = False
     return model
 
 
@@ -3296,21 +3396,34 @@ class Dropout(NamedTuple):
         return torch.ge(self.noise, self.dropped - 2**15, out=torch.empty_like(self.noise, dtype=dtype))
 
 
+def frozen_linear(
+    rows: torch.Tensor, weight: torch.Tensor, state: Any | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x Wᵀ + b (T, out), without a gradient, by the kernel of the layer itself; `state` as in `dequantised`."""
+    if state is None:
+        return F.linear(rows, weight, bias)
+    from bitsandbytes import matmul_4bit
+
+    return matmul_4bit(rows, weight, quant_state=state, bias=bias)
+
+
 class LoRALinears(torch.autograd.Function):
     """Of layers i that read the same x: x Wᵢᵀ + bᵢ + sᵢ (x ∘ m) Aᵢᵀ Bᵢᵀ for frozen Wᵢ (LoRA, arXiv 2106.09685, eq. 3).
 
     In as few passes over memory as it takes: the Aᵢ are one product, so that the dropout m is drawn and applied once;
-    products are added up where they are made; kept for the backward pass are x and the narrow x Aᵀ.
+    products are added up where they are made; kept for the backward pass are x and the narrow x Aᵀ. A Wᵢ in 4 bits is
+    dequantised where it is used, and again in the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, rows, dropout, scalings, *parameters):  # (T, in)
+    def forward(ctx, rows, dropout, scalings, states, *parameters):  # (T, in)
         weights, biases, a, b = (parameters[kind::4] for kind in range(4))
-        ctx.dropped, ctx.scalings, ctx.ranks = dropout.dropped, scalings, list(map(len, a))
+        ctx.dropped, ctx.scalings, ctx.states, ctx.ranks = dropout.dropped, scalings, states, list(map(len, a))
         narrow = dropout.of(rows) @ torch.cat(a).T  # (T, sum of ranks)
         ctx.save_for_backward(rows, narrow, dropout.noise, *parameters)
-        layers = zip(weights, biases, b, narrow.split(ctx.ranks, dim=1), scalings, strict=True)
-        return tuple(F.linear(rows, w, bias).addmm_(part, b.T, alpha=s) for w, bias, b, part, s in layers)
+        frozen = (frozen_linear(rows, *layer) for layer in zip(weights, states, biases, strict=True))
+        layers = zip(frozen, b, narrow.split(ctx.ranks, dim=1), scalings, strict=True)
+        return tuple(output.addmm_(part, b.T, alpha=s) for output, b, part, s in layers)
 
     @staticmethod
     def backward(ctx, *grads):  # (T, outᵢ)
@@ -3324,19 +3437,19 @@ class LoRALinears(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = dropout.of_(grad_narrow @ torch.cat(a))
-            for grad, w in zip(grads, weights, strict=True):
-                grad_x.addmm_(grad, w)
+            for grad, w, state in zip(grads, weights, ctx.states, strict=True):
+                grad_x.addmm_(grad, dequantised(w, state))
         of_layers = ((None, None, *of_layer) for of_layer in zip(grad_a, grad_b, strict=True))
-        return grad_x, None, None, *itertools.chain.from_iterable(of_layers)
+        return grad_x, None, None, None, *itertools.chain.from_iterable(of_layers)
 
 
 class LoRAGroup:
     """LoRA layers that read the same tensor; all are computed when the first of them is called."""
 
-    def __init__(self, layers: Sequence[LoraLinear]):
+    def __init__(self, layers: Sequence[LoraLayer]):
         self.layers, self.input, self.outputs = layers, None, {}
 
-    def __call__(self, layer: LoraLinear, peft_forward: Callable, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: LoraLayer, peft_forward: Callable, x: torch.Tensor) -> torch.Tensor:
         """What PEFT's own forward of the layer computes."""
         if layer.disable_adapters or layer.merged or layer.lora_A["default"].weight.dtype != x.dtype:
             return peft_forward(x)
@@ -3358,7 +3471,8 @@ class LoRAGroup:
             )
         ]
         scalings = [layer.scaling["default"] / (1 - dropout.dropped / 2**16) for layer in self.layers]
-        outputs = LoRALinears.apply(x.flatten(0, -2), dropout, scalings, *parameters)
+        states = [quant_state(layer.base_layer) for layer in self.layers]
+        outputs = LoRALinears.apply(x.flatten(0, -2), dropout, scalings, states, *parameters)
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 
@@ -3399,6 +3513,14 @@ def gated_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
 READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+def adapts_linear(module: nn.Module) -> bool:
+    """Whether a module is the LoRA layer of a linear one, dense or in 4 bits."""
+    if not isinstance(module, LoraLayer):
+        return False
+    is_dense = isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear
+    return is_dense or quant_state(module.base_layer) is not None
+
+
 def speed_up_adapter(policy: PeftModel, checkpointed: bool) -> None:
     """Lets the LoRA layers of frozen linear ones be computed by `LoRALinears`; others stay as PEFT has them.
 
@@ -3406,11 +3528,7 @@ def speed_up_adapter(policy: PeftModel, checkpointed: bool) -> None:
         checkpointed: whether whole layers are computed again in the backward pass, so that none need do it by itself.
     """
     for parent in policy.modules():
-        layers = {
-            name: child
-            for name, child in parent.named_children()
-            if isinstance(child, LoraLinear) and type(child.base_layer) is nn.Linear
-        }
+        layers = {name: child for name, child in parent.named_children() if adapts_linear(child)}
         for names in (*READ_TOGETHER, *((name,) for name in layers)):
             group = LoRAGroup([layers.pop(name) for name in names if name in layers])
             for layer in group.layers:
@@ -3889,6 +4007,12 @@ class LossProgressCallback(ProgressCallback):
         loss, accuracy = TAGS["loss"], TAGS["accuracy"]
         if loss[0] in logs:
             self.training_bar.set_postfix(loss=f"{logs[loss[0]]:.4f}", accuracy=f"{logs[accuracy[0]]:.2f}")
+        if LEFT_OUT in logs:
+            self.training_bar.write(
+                f"notice: update {state.global_step} was left out, as a gradient overflowed fp16: its pairs taught "
+                "nothing, and the learning rate stays; the loss scale, which follows the gradients, is now "
+                f"{logs[LEFT_OUT]:g}"
+            )
         if loss[1] in logs:
             self.training_bar.write(
                 f"update {state.global_step}: held-out loss {logs[loss[1]]:.4f}, "
@@ -3941,12 +4065,13 @@ def zero_of(args: ScriptArguments) -> dict[str, Any]:
 
 def training_arguments(args: ScriptArguments, on_gpu: bool) -> TrainingArguments:
     """What the stock Trainer needs to know; also joins the process group of the ranks."""
-    every = args.eval_steps or NEVER
+    every, dtype = args.eval_steps or NEVER, precision_dtype(args.precision, on_gpu)
     arguments = TrainingArguments(
         output_dir=str(args.output_path),
         deepspeed=deepspeed_config(args, on_gpu),
         use_cpu=not on_gpu,
-        bf16=precision_dtype(args.precision, on_gpu) == torch.bfloat16,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         per_device_train_batch_size=1,  # one packed row
         gradient_accumulation_steps=args.forwards_per_update,
         activation_checkpointing=args.gradient_checkpointing,
@@ -4030,11 +4155,19 @@ def load_cpu_communication() -> None:
             build_shm_op()
 
 
+def has_bf16(on_gpu: bool) -> bool:
+    """Whether the run's devices are GPUs that compute in bf16."""
+    return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def precision_dtype(precision: str, on_gpu: bool) -> torch.dtype:
-    """The dtype that PRECISION means on this machine; fp32 on the CPU, where bf16 is several times slower."""
+    """The dtype that PRECISION means on this machine; fp32 on the CPU, where bf16 is several times slower.
+
+    `auto` is never fp16: what models that were trained in bf16 compute may lie beyond its largest number, 65504.
+    """
     if precision == "auto":
-        return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+        return torch.bfloat16 if has_bf16(on_gpu) else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -4235,6 +4368,8 @@ class PreferenceGuidedDPOTrainer(Trainer):
                 PEAK_MEMORY_TAG: peak,
                 UPDATE_PAIRS: int(pairs),
             }
+            if self.args.fp16 and self.accelerator.optimizer_step_was_skipped:
+                logs[LEFT_OUT] = float(self.model_wrapped.optimizer.loss_scale)
             self.step_seconds = 0.0
         super().log(logs, start_time)
 
@@ -4345,8 +4480,11 @@ def broken_pairs(trainer: PreferenceGuidedDPOTrainer, dataset: PairDataset, indi
 def require_finite(trainer: PreferenceGuidedDPOTrainer, logs: Mapping[str, Any]) -> None:
     """Raises RunError where a logged loss or gradient norm is not finite: update, pairs, and what is left.
 
-    DeepSpeed has not applied such an update, so its pairs can be looked at with the weights as they were.
+    DeepSpeed has not applied such an update, so its pairs can be looked at with the weights as they were. In fp16 it may
+    be the loss scaler that looks for its scale; with none left, DeepSpeed itself would end at the next overflow.
     """
+    if math.isfinite(logs.get(TAGS["loss"][0], math.nan)) and logs.get(LEFT_OUT, 0) > 1:
+        return
     datasets = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
     for (split, dataset), tag in zip(datasets.items(), TAGS["loss"], strict=True):
         bad = [name for name in (tag, GRAD_NORM_TAG) if name in logs and not math.isfinite(logs[name])]
@@ -4359,7 +4497,7 @@ def require_finite(trainer: PreferenceGuidedDPOTrainer, logs: Mapping[str, Any])
         raise RunError(
             f"update {trainer.state.global_step}: {', '.join(f'{name} is {logs[name]}' for name in bad)}; "
             f"{cause if broken else 'no pair alone gives it'}. Look at the pairs, or lower LEARNING_RATE and start "
-            f"anew; the last good checkpoint is {newest_checkpoint(trainer.settings.output_path)}"
+            f"anew{', or set PRECISION=bf16 or fp32' if trainer.args.fp16 else ''}; the last good checkpoint is {newest_checkpoint(trainer.settings.output_path)}"
         )
 
 
@@ -4368,10 +4506,13 @@ def first_batch(dataset: PairDataset, size: int) -> dict[str, Any]:
     return collate_pairs([dataset[index, 1.0] for index in range(min(size, len(dataset)))])
 
 
+# Nats of a token; fp16 has three more bits than bf16, an eighth of its rounding.
+ROUNDING = {torch.float32: 1e-3, torch.float16: 0.1 / 8, torch.bfloat16: 0.1}
+
+
 def rounding(dtype: torch.dtype, pairs: Sequence[TokenizedPair]) -> float:
     """Nats by which the sum over the longest answer may differ between two ways to compute it in `dtype`."""
-    longest = max(len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids))
-    return (1e-3 if dtype == torch.float32 else 0.1) * longest
+    return ROUNDING[dtype] * max(len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids))
 
 
 def require_close(name: str, values: torch.Tensor, other_name: str, others: torch.Tensor, nats: float) -> None:
@@ -4621,15 +4762,16 @@ def require_memory(trainer: PreferenceGuidedDPOTrainer) -> None:
 def memory_problem(args: ScriptArguments, what: str, device: torch.device, model_alone: bool = False) -> str:
     """What to change when something does not fit, largest effect first, with the present values.
 
-    Kept activations fill the memory: recomputed they are about a twentieth; in bf16 half, and the weights too; they
-    grow with the length; adapted modules keep their input, and which of it dropout takes. The rank matters least, and
+    Kept activations fill the memory: recomputed they are about a twentieth; in half precision half, and the weights too;
+    in 4 bits those are a quarter of that; activations grow with the length; adapted modules keep their input, and which of it dropout takes. The rank matters least, and
     the prefix only where it is trained: elsewhere its pass keeps no activations.
     """
-    halved = args.precision == "fp32" and precision_dtype("auto", device.type == "cuda") == torch.bfloat16
-    lora = not args.trains_prefix
+    on_gpu, lora = device.type == "cuda", not args.trains_prefix
+    halved = on_gpu and precision_dtype(args.precision, on_gpu) == torch.float32
     remedies = {
         "gradient_checkpointing": ("true", not args.gradient_checkpointing),
-        "precision": ("bf16", halved),
+        "precision": ("bf16" if has_bf16(on_gpu) else "fp16", halved),
+        "load_in_4bit": ("true", on_gpu and not args.load_in_4bit),
         "max_length": ("fewer tokens", True),
         "policy_model_path": ("a smaller model", True),
         "lora_target_modules": ("q_proj,v_proj", lora and args.lora_target_modules == "all-linear"),
@@ -4637,7 +4779,7 @@ def memory_problem(args: ScriptArguments, what: str, device: torch.device, model
         "num_virtual_tokens": ("fewer", args.trains_prefix),
         "lora_r": ("a lower rank", lora and args.lora_r > 1),
     }
-    names = ("precision", "policy_model_path", "max_length") if model_alone else remedies
+    names = ("load_in_4bit", "precision", "policy_model_path", "max_length") if model_alone else remedies
     changes = [
         f"{name.upper()} (now {json.dumps(getattr(args, name), ensure_ascii=False)}): {remedies[name][0]}"
         for name in names
@@ -4749,7 +4891,8 @@ class RunCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         require_finite(self.trainer, logs)
-        if TAGS["loss"][0] in logs and self.parameters_at_start and self.learning_rate > 0:
+        updated = TAGS["loss"][0] in logs and LEFT_OUT not in logs
+        if updated and self.parameters_at_start and self.learning_rate > 0:
             now = trained_values(self.trainer.model)
             if all(torch.equal(now[name], start) for name, start in self.parameters_at_start.items()):
                 raise SelfCheckError("the first update changed no trainable parameter: the optimizer does not see them")
@@ -4773,7 +4916,7 @@ class RunCallback(TrainerCallback):
 
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 # on which the figures depend, beside model, adapter and data
-EVALUATION_SETTINGS = ("preference_text", "beta", "max_length", "max_prompt_length", "precision")
+EVALUATION_SETTINGS = ("preference_text", "beta", "max_length", "max_prompt_length", "precision", "load_in_4bit")
 # Chosen less rejected answer in tokens: the largest difference of each bin but the last, and the bins' names.
 LENGTH_BOUNDS = (-51, -11, 10, 50)
 LENGTH_BINS = ("shorter by > 50", "shorter by 11 to 50", "within 10", "longer by 11 to 50", "longer by > 50")
@@ -5092,18 +5235,43 @@ def save_curves(history: Sequence[Mapping[str, Any]], folder: Path) -> None:
         write_bytes(folder / CURVES_FILE, picture.getvalue(), folder / f".{CURVES_FILE}")
 
 
+def merge_place(policy: PeftModel) -> torch.device:
+    """Where a policy is merged: on its device, or on the CPU where a GPU has no room for its base without the 4 bits."""
+    states = filter(None, map(quant_state, policy.modules()))
+    needed = sum(math.prod(state.shape) for state in states) * policy.get_base_model().dtype.itemsize
+    if policy.device.type != "cuda":
+        return policy.device
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(policy.device)
+    return policy.device if needed < 0.9 * free else torch.device("cpu")
+
+
+def merged_model(policy: PeftModel) -> PreTrainedModel:
+    """The model with its adapter merged in, in place.
+
+    A base in 4 bits is dequantised first, to what the policy was trained on; PEFT would round the sum to 4 bits again.
+    """
+    if is_quantised(policy):
+        config = policy.peft_config["default"]
+        state = get_peft_model_state_dict(policy.to(merge_place(policy)), save_embedding_layers=False)
+        policy = get_peft_model(dequantise(policy.unload()), config)
+        set_peft_model_state_dict(policy, state)
+    return policy.merge_and_unload()
+
+
 def merge_policy(trainer: PreferenceGuidedDPOTrainer, folder: Path) -> None:
     """Merges the adapter into the model, in place, and writes it: the last thing done with the model.
 
     Raises:
         SelfCheckError: a file differs from the model, or the merged weights score otherwise than the policy.
     """
-    merged = trainer.model.merge_and_unload()
+    merged = merged_model(trainer.model)
     save_merged(merged, folder)
     require_equal(merged.state_dict(), torch.load(folder / MERGED_WEIGHTS, weights_only=True, mmap=True), folder)
-    policy = trainer.end_scores["base"].to(merged.device)
+    policy = trainer.end_scores["base"].cpu()
     batch = first_batch(trainer.eval_dataset, len(policy))
-    scored = teacher_logps(merged, batch["base"].to(merged.device))
+    scored = teacher_logps(merged, batch["base"].to(merged.device)).cpu()
     nats = rounding(merged.dtype, trainer.eval_dataset.pairs)
     require_close("the merged weights", scored, "the policy with its adapter", policy, nats)
     link_merged(folder)
@@ -5137,13 +5305,22 @@ CARD_WORDS = {
     ),
 }
 
+CARD_4_BITS = (
+    "The base model was kept in 4 bits (NF4) in training, and is loaded so above. On its full weights the result\n"
+    "differs a little."
+)
+CARD_MERGED_4_BITS = " The merged weights are what the 4 bits stand for, with the adapter added, and are dense."
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "tokenizers")
 CARD_PROMPT = "How do I keep herbs alive on a windowsill?"
 
 
-def card_snippet(base_path: str, folder: str, has_template: bool) -> str:
-    """Python that loads the adapter and answers a question."""
+def card_snippet(base_path: str, folder: str, has_template: bool, quantised: BitsAndBytesConfig | None = None) -> str:
+    """Python that loads the adapter and answers a question.
+
+    Args:
+        quantised: how the base model is loaded in 4 bits, if it is.
+    """
     text, options = repr(CARD_PROMPT), ""
     if has_template:
         text = "tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)"
@@ -5151,10 +5328,15 @@ def card_snippet(base_path: str, folder: str, has_template: bool) -> str:
         options = ", add_special_tokens=False"  # the template has them
     else:
         text = f"text = {text}"
+    imports, how = "AutoModelForCausalLM, AutoTokenizer", ""
+    if quantised is not None:
+        names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+        settings = ", ".join(f"{name}={quantised.to_dict()[name]!r}" for name in names)
+        imports, how = f"{imports}, BitsAndBytesConfig", f", quantization_config=BitsAndBytesConfig({settings})"
     return f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {imports}
 
-base_model = AutoModelForCausalLM.from_pretrained({base_path!r})
+base_model = AutoModelForCausalLM.from_pretrained({base_path!r}{how})
 tokenizer = AutoTokenizer.from_pretrained({base_path!r})
 model = PeftModel.from_pretrained(base_model, {folder!r})
 {text}
@@ -5177,12 +5359,24 @@ def card_commands(args: ScriptArguments, base_path: str, folder: str) -> str:
     if args.trains_prefix:
         going_on = {"TRAINING_MODE": "embedding", "PROMPT_EMBEDDING_PATH": f"{folder}/{SOFT_PROMPT}"}
         going_on |= {"POLICY_MODEL_PATH": base_path}
+    going_on |= {"LOAD_IN_4BIT": "true"} if args.load_in_4bit else {}
     going_on |= {"TRAIN_DATASET_PATH": "pairs.jsonl", "OUTPUT_DIR": "./model_output/next", "LOG_DIR": "./logs/next"}
     variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in going_on.items())
     return (
         f"# score it on held-out pairs; trains nothing\n./fast_train.sh --evaluate_only {flags}\n"
         f"# train on from it\n{variables} ./fast_train.sh"
     )
+
+
+def describe_left_out(history: Iterable[Mapping[str, Any]]) -> str:
+    """How many updates fp16's loss scaler has left out, if any."""
+    left_out = sum(LEFT_OUT in logs for logs in history)
+    return f", {left_out} of them left out as gradients overflowed fp16" if left_out else ""
+
+
+def describe_base(args: ScriptArguments) -> str:
+    """A remark, after the precision, on a base model that is kept in 4 bits."""
+    return ", base model in 4 bits (NF4)" if args.load_in_4bit else ""
 
 
 def card_training(trainer: PreferenceGuidedDPOTrainer) -> dict[str, Any]:
@@ -5192,17 +5386,18 @@ def card_training(trainer: PreferenceGuidedDPOTrainer) -> dict[str, Any]:
     speeds = [logs[PAIRS_PER_SECOND_TAG] for logs in state.log_history if PAIRS_PER_SECOND_TAG in logs]
     on_gpu = trainer.args.device.type == "cuda"
     place = f"{ranks} × {torch.cuda.get_device_name(trainer.args.device)}" if on_gpu else f"CPU, {ranks} rank(s)"
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    packages = (*PACKAGES, *(["bitsandbytes"] if args.load_in_4bit else []))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return {
         "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "preference": args.preference_text if soft_prompt is None else f"{soft_prompt.num_embeddings} soft embeddings",
         "reference": describe_reference(args),
-        "updates": f"{state.global_step} ({args.num_epochs:g} epoch(s))",
+        "updates": f"{state.global_step}{describe_left_out(state.log_history)} ({args.num_epochs:g} epoch(s))",
         "pairs per update": f"{ranks * args.gradient_accum_steps} ({ranks} × {args.gradient_accum_steps})",
         "time": f"{datetime.timedelta(seconds=round(seconds))}" + (" since it was resumed" if args.resume else ""),
         "pairs per second, median of the updates": f"{statistics.median(speeds):.2f}" if speeds else "none",
         "peak memory": describe_peak_memory(trainer),
-        "device": f"{place}, {dtype_name(trainer.model.get_base_model().dtype)}",
+        "device": f"{place}, {dtype_name(trainer.model.get_base_model().dtype)}{describe_base(args)}",
         "versions": f"Python {platform.python_version()}, {versions}",
     }
 
@@ -5220,6 +5415,10 @@ def model_card(trainer: PreferenceGuidedDPOTrainer, base_path: str, reports: Map
         settings.append(("embeddings of the soft prompt", trainer.soft_prompt.num_embeddings))
     method = "prompt-tuning" if args.trains_prefix else "lora"
     what, how = CARD_WORDS[method]
+    quantised = None
+    if args.load_in_4bit:
+        quantised = four_bits(trainer.model.get_base_model().dtype)
+        how = f"{CARD_4_BITS}{'' if args.trains_prefix else CARD_MERGED_4_BITS}\n\n{how}"
     return f"""---
 base_model: {json.dumps(base_path)}
 library_name: peft
@@ -5234,7 +5433,7 @@ tags: [dpo, preference-guided-dpo, {method}]
 ## Use
 
 ```python
-{card_snippet(base_path, folder, bool(trainer.processing_class.chat_template))}
+{card_snippet(base_path, folder, bool(trainer.processing_class.chat_template), quantised)}
 ```
 
 {how}
@@ -5673,6 +5872,16 @@ def zero_problems(args: ScriptArguments, zero: Mapping[str, Any], dtype: torch.d
     return problems
 
 
+def sharded_4bit_problems(args: ScriptArguments, stage: int) -> list[str]:
+    """Why a base in 4 bits does not go with a ZeRO stage."""
+    if not args.load_in_4bit or stage < 3:
+        return []
+    return [
+        f"{describe('load_in_4bit', True)}: ZeRO stage {stage} divides the model among the ranks, which it cannot do "
+        "with weights in 4 bits; use ZeRO stage 1 or 2, where every rank has the whole model, or set it to false"
+    ]
+
+
 def ds_config_problems(args: ScriptArguments, devices: Devices | None) -> list[str]:
     """Why the DeepSpeed configuration cannot be used.
 
@@ -5703,7 +5912,31 @@ def ds_config_problems(args: ScriptArguments, devices: Devices | None) -> list[s
     if args.zero_stage not in ONLY["zero_stage"][0] or args.offload not in ONLY["offload"][0]:
         return problems
     dtype = precision_dtype(args.precision, devices.on_gpu) if devices else None
-    return problems + (zero_contradictions(args, zero) or zero_problems(args, zero_of(args), dtype))
+    if contradictions := zero_contradictions(args, zero):
+        return problems + contradictions
+    used = zero_of(args)
+    return problems + zero_problems(args, used, dtype) + sharded_4bit_problems(args, used["stage"])
+
+
+def trains_in_fp16() -> bool:
+    """What DeepSpeed will say of this machine's devices."""
+    with contextlib.redirect_stdout(None):  # it greets there
+        from deepspeed.accelerator import get_accelerator
+    return bool(get_accelerator().is_fp16_supported())
+
+
+def device_problems(args: ScriptArguments, devices: Devices) -> list[str]:
+    """Why the devices cannot compute as PRECISION and LOAD_IN_4BIT ask for; nothing is put on them."""
+    problems = []
+    if args.precision == "fp16" and not args.evaluate_only and not trains_in_fp16():
+        this = "this GPU is older" if devices.on_gpu else "this CPU does not"
+        problems.append(
+            f"{describe('precision', args.precision)}: DeepSpeed trains in fp16 on GPUs of compute capability 7.0 or "
+            f"newer and on CPUs that multiply in fp16 (AVX512-FP16); {this}; set it to auto or fp32"
+        )
+    if args.load_in_4bit and (problem := bitsandbytes_problem(devices.on_gpu)) is not None:
+        problems.append(f"{describe('load_in_4bit', True)}: {problem}, or set it to false")
+    return problems
 
 
 def problems_of(check: Callable[..., Any], *arguments: Any) -> tuple[Any, list[str]]:
@@ -5781,6 +6014,8 @@ def check_inputs(
     if not args.evaluate_only:
         counted = {"gradient_accum_steps", "pairs_per_forward", "max_grad_norm", "precision"}
         problems += check({"ds_config"}, ds_config_problems, args, None if counted & wrong else devices) or []
+    if devices is not None:
+        problems += check({"precision", "load_in_4bit"}, device_problems, args, devices) or []
     splits = [] if "data_format" in wrong else args.sources
     read = {split: check({f"{split}_dataset_path"}, read_split, args, split, reader) for split in splits}
     divided = check({"test_share"}, divide, args, read) if read and all(read.values()) else None
@@ -5840,13 +6075,18 @@ def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, Da
         + ("" if args.trains_prefix else f", α {args.alpha:g}")
         + describe_preset(args),
         "trained": f"{trained}, learning rate {args.peak_learning_rate:g}",
-        "devices": f"{devices}, {dtype_name(precision_dtype(args.precision, devices.on_gpu))}",
+        "devices": f"{devices}, {dtype_name(precision_dtype(args.precision, devices.on_gpu))}{describe_base(args)}",
         "DeepSpeed": describe_zero(args),
         "reference": f"{describe_reference(args)}; {kept}" if args.adapter_path else kept,
         "output": describe_output(args),
         "TensorBoard": args.log_dir,
     }
     notices = range_notices(args)
+    if args.precision == "auto" and devices.on_gpu and not has_bf16(devices.on_gpu):
+        notices.append(
+            "PRECISION auto is fp32, as this GPU has no bf16: fp16 is faster and takes half the memory, for models whose "
+            "activations stay below 65504"
+        )
     if updates < 10:
         most = int(reports["train"].usable * args.num_epochs / (10 * devices.ranks))
         lower = f"lower GRADIENT_ACCUM_STEPS to {most} or " if most else ""
@@ -5883,7 +6123,8 @@ def describe_evaluation(
         "preference": describe_prefix(args),
         "test data": describe_test_data(args, reports["test"]),
         "data format": "; ".join(report.describe_format() for report in reports.values() if report.formats),
-        "device": f"{'GPU' if devices.on_gpu else 'CPU'}, {dtype_name(precision_dtype(args.precision, devices.on_gpu))}",
+        "device": f"{'GPU' if devices.on_gpu else 'CPU'}, {dtype_name(precision_dtype(args.precision, devices.on_gpu))}"
+        f"{describe_base(args)}",
     }
     if not args.adapter_path:
         del lines["reference"]
@@ -6400,8 +6641,9 @@ def evaluate(args: ScriptArguments, problems: Sequence[str]) -> None:
     prefix, start = choose_prefix(args, config, tokenizer)
     dataset = tokenize_datasets(args, config, tokenizer, prefix, {"test": pairs["test"]}, reports)["test"]
     print(describe_rows_used("test", reports["test"], dataset), file=sys.stderr, flush=True)
-    model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
-    scores = score_in_memory(args, model, evaluation_device(devices), start, dataset)
+    device = evaluation_device(devices)
+    model = load_in_memory(args, model_path, devices.on_gpu, device)
+    scores = score_in_memory(args, model, device, start, dataset)
     require_finite_scores(scores, dataset)
     results = evaluation_results(args, scores, dataset)
     print(evaluation_table(results), flush=True)
@@ -6433,7 +6675,7 @@ def score_in_memory(
     """
     policy, soft_prompt, first = build_policy_in_memory(args, model, device, start, dataset)
     if args.adapter_path and not args.trains_prefix:
-        for parameter in policy.parameters():
+        for parameter in filter(torch.is_floating_point, policy.parameters()):
             parameter.data = parameter.data.to(model.dtype)  # as the engine held it in training
         batch = first_batch(dataset, len(first.start["base"]))
         scored = {condition: teacher_logps(policy, batch[condition].to(device)) for condition in first.start}
@@ -6489,7 +6731,7 @@ def train(
         print_data_report(reports, datasets, tokenizer)
     transformers.set_seed(args.seed)
     with dividing(hf_args):
-        model = load_base_model(model_path, precision_dtype(args.precision, devices.on_gpu), args.policy_model_path)
+        model = load_in_memory(args, model_path, devices.on_gpu, hf_args.device)
     weights = weights_digest(model)
     identity = reference_identity(model, weights, hf_args.device)
     policy, soft_prompt, first_scores = build_policy_in_memory(args, model, hf_args.device, start, datasets["train"])
@@ -6652,6 +6894,22 @@ def build_policy(
     return policy, soft_prompt, FirstScores(base_logps, start_logps)
 
 
+def load_in_memory(args: ScriptArguments, path: str, on_gpu: bool, device: torch.device) -> PreTrainedModel:
+    """`load_base_model` as the settings have it: in the machine's memory, or in 4 bits on its device.
+
+    Raises:
+        InputError: it does not fit there, on some rank.
+    """
+    dtype, place = precision_dtype(args.precision, on_gpu), device if args.load_in_4bit else None
+    load = functools.partial(load_base_model, path, dtype, args.policy_model_path, place)
+    if place is None:
+        return load()
+    fit, model = within_memory(device, load)
+    if not fit:
+        raise InputError(memory_problem(args, "the model does not fit into memory", device, model_alone=True))
+    return model
+
+
 def build_policy_in_memory(
     args: ScriptArguments, model: PreTrainedModel, device: torch.device, start: Any, dataset: PairDataset
 ) -> tuple[PeftModel, nn.Embedding | None, FirstScores]:
@@ -6737,7 +6995,7 @@ def describe_speed(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     total = sum(seconds)
     speed = f"{pairs / total:.2f} pairs/s, {tokens / total:.0f} tokens/s" if total else "no update was timed"
     return {
-        "updates": f"{len(updates)}, {pairs} pairs",
+        "updates": f"{len(updates)}, {pairs} pairs{describe_left_out(updates)}",
         "time": f"{duration(total)} for the updates",
         "speed": speed,
     }

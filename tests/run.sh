@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="$(./fast_train.sh --setup)"
-NEEDED='import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ("pytest", "xdist", "hypothesis", "trl", "matplotlib"))))'
+NEEDED='import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ("pytest", "xdist", "hypothesis", "trl", "matplotlib", "bitsandbytes"))))'
 if ! "$PYTHON" -c "$NEEDED"; then
   echo "installing tests/requirements.txt for $PYTHON" >&2
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt

@@ -253,14 +253,8 @@ FLAGS = {
         LOSS_TYPE="robust",
     ),
     "unknown precision": case(
-        "PRECISION (--precision) is 'fp16': no other precision is available in this version; set it to 'auto' or "
-        "'bf16' or 'fp32'",
-        PRECISION="fp16",
-    ),
-    "4 bits": case(
-        "LOAD_IN_4BIT (--load_in_4bit) is True: quantised base models are not available in this version; set it to "
-        "False",
-        LOAD_IN_4BIT="true",
+        "PRECISION (--precision) is 'int4': there is no such precision; set it to 'auto' or 'bf16' or 'fp16' or 'fp32'",
+        PRECISION="int4",
     ),
     "unknown schedule": case(
         "LR_SCHEDULER_TYPE (--lr_scheduler_type) is 'polynomial': must be one of linear, cosine, …",
@@ -644,6 +638,11 @@ MODELS = {
         model_with({"config.json": {"model_type": "bert", "architectures": ["BertForMaskedLM"]}}),
         "BertForMaskedLM is not a causal language model; name one that AutoModelForCausalLM can load",
     ),
+    "quantised weights": model(
+        model_with({"config.json": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}}),
+        "its weights are quantised already, which cannot be trained from here; name the model that they were made from, "
+        "and set LOAD_IN_4BIT=true to load that in 4 bits",
+    ),
     "T5 for a model": model(
         model_with({"config.json": {"model_type": "t5"}}),
         "t5 is not a causal language model; name one that AutoModelForCausalLM can load",
@@ -743,6 +742,17 @@ DEVICES = {
     "no ranks": case("CPU_RANKS (--cpu_ranks) is 0: must be 1 to …, the cores that there are", CPU_RANKS="0"),
     "more ranks than cores": case(
         "CPU_RANKS (--cpu_ranks) is 100000: must be 1 to …, the cores that there are", CPU_RANKS="100000"
+    ),
+    **(
+        {}
+        if torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        else {
+            "fp16 on a CPU without it": case(
+                "PRECISION (--precision) is 'fp16': DeepSpeed trains in fp16 on GPUs of compute capability 7.0 or newer "
+                "and on CPUs that multiply in fp16 (AVX512-FP16); this CPU does not; set it to auto or fp32",
+                PRECISION="fp16",
+            )
+        }
     ),
     "no DeepSpeed configuration": case(
         "DS_CONFIG (--ds_config) is 'none.json': there is no such file; name a DeepSpeed configuration",
