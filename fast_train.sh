@@ -414,6 +414,7 @@ if [[ -n "$SWEEP" ]]; then
   sweep "$@"
 else
   train "${FLAGS[@]}" "$@" || exit
+  ((${NODE:-0} == 0)) || "$DRY_RUN" || { say "this node has done its part; the trained model is on the first one"; exit 0; }
   "$DRY_RUN" || say "the trained model is in $OUTPUT (its README.md says how to use it)"
 fi
 if "$DRY_RUN"; then say "DRY_RUN: stopped before training"; exit 0; fi

