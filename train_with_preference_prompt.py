@@ -6149,7 +6149,7 @@ def exports(environment: Mapping[str, str]) -> list[str]:
     named = {name: value for name, value in environment.items() if EXPORTED.fullmatch(name) and value.isprintable()}
     lines = [f"{name}={in_quotes(value)}" for name, value in named.items() if not NOT_EXPORTED.fullmatch(name)]
     name = environment.get("DS_ENV_FILE", ENVIRONMENT_FILE)
-    for folder in (Path.home(), Path.cwd()):
+    for folder in dict.fromkeys((Path.home(), Path.cwd())):
         with contextlib.suppress(FileNotFoundError):
             lines += [line for line in (folder / name).read_text(encoding="utf-8").splitlines() if "=" in line]
     return lines
