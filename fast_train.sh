@@ -250,16 +250,16 @@ of_nodes() {
   command+=("--hostfile=$FILES/hostfile" "--master_addr=$ADDRESS")
   rm -f "$FILES/finished" "$FILES/status"
   if [[ -n "$NODE" ]]; then
-    ENVIRONMENT+=("FINISHED_FILE=$FILES/finished")
-    command=(env "${ENVIRONMENT[@]}" "${command[@]}" --no_ssh "--node_rank=$NODE" "$SCRIPT" "$@")
+    command=(env "${ENVIRONMENT[@]}" "PREFERENCE_DPO_FINISHED=$FILES/finished" "${command[@]}" --no_ssh "--node_rank=$NODE"
+      "$SCRIPT" "$@")
     return
   fi
   printf '%s\n' "${EXPORTS[@]}" "${ENVIRONMENT[@]}" >"$FILES/environment"
-  ENVIRONMENT+=("DS_ENV_FILE=$FILES/environment"
-    "PDSH_SSH_ARGS_APPEND=${PDSH_SSH_ARGS_APPEND:-} -oBatchMode=yes -oServerAliveInterval=15 -oServerAliveCountMax=4")
   # The flags in one word of plain characters, with the working folder: a shell on each node reads the command again.
-  command=(env --chdir="$PROJECT" "${ENVIRONMENT[@]}" "${command[@]}" --launcher=pdsh --no_ssh_check "$SCRIPT"
-    "--encoded=$(printf '%s\0' "$PWD" "$@" | gzip -9n | base64 -w0)")
+  command=(env --chdir="$PROJECT" "${ENVIRONMENT[@]}" "DS_ENV_FILE=$FILES/environment"
+    "PDSH_SSH_ARGS_APPEND=${PDSH_SSH_ARGS_APPEND:-} -oBatchMode=yes -oServerAliveInterval=15 -oServerAliveCountMax=4"
+    "${command[@]}" --launcher=pdsh --no_ssh_check "$SCRIPT"
+    "--encoded=$(printf '%s\0' "$(pwd -P)" "$@" | gzip -9n | base64 -w0)")
 }
 
 # Runs a command that starts ranks on nodes over ssh; once those of one node have failed, the others get a few seconds.

@@ -5800,6 +5800,22 @@ def unlike(node: Node, there: Mapping[str, Any], here: Mapping[str, Any], on_gpu
     return [text.format(", ".join(map(str, what))) for what, text in found if what]
 
 
+# Variables of the environment that ranks on other nodes get, too. Never secrets: pdsh shows the values in a command.
+EXPORTED = re.compile(
+    r"(NCCL|GLOO|UCX|MV2|MLFLOW|TORCH|PYTORCH|CUDA|TRITON|HF|TRANSFORMERS|TOKENIZERS|OMP|MKL|KMP|DS|LC)_\w+|PYTHON\w*"
+    r"|PATH|LD_LIBRARY_PATH|LD_PRELOAD|LANG|CC|CXX|XDG_CACHE_HOME",
+    re.A,
+)
+NOT_EXPORTED = re.compile(r"CUDA_VISIBLE_DEVICES|DS_ENV_FILE|\w*(TOKEN|PASSWORD|SECRET|KEY)\w*", re.A)
+ENVIRONMENT_FILE = ".deepspeed_env"
+
+
+def exported(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of an environment that ranks on other nodes get, too."""
+    named = {name: value for name, value in environment.items() if EXPORTED.fullmatch(name)}
+    return {name: value for name, value in named.items() if not NOT_EXPORTED.fullmatch(name)}
+
+
 def pdsh_problems() -> list[str]:
     """Why ranks cannot be started on other nodes from here, whatever those are."""
     instead = "or start ./fast_train.sh on each node, with NODE_RANK and MASTER_ADDR"
@@ -5816,6 +5832,9 @@ def pdsh_problems() -> list[str]:
         if re.search(r"[^\w@+=:,./-]", path, re.A):
             what = "holds characters that a shell on the other nodes takes apart; move it"
             problems.append(f"the path {path!r} {what}, {instead}")
+    for name, value in exported(os.environ).items():
+        if not value.isprintable():
+            problems.append(f"the variable {name} holds control characters, which do not reach the nodes; unset it")
     return problems
 
 
@@ -6129,16 +6148,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-# Variables of the environment that ranks on other nodes get, too. Never secrets: pdsh shows the values in a command.
-EXPORTED = re.compile(
-    r"(NCCL|GLOO|UCX|MV2|MLFLOW|TORCH|PYTORCH|CUDA|TRITON|HF|TRANSFORMERS|TOKENIZERS|OMP|MKL|KMP|DS|LC)_\w+|PYTHON\w*"
-    r"|PATH|LD_LIBRARY_PATH|LD_PRELOAD|LANG|CC|CXX|XDG_CACHE_HOME",
-    re.A,
-)
-NOT_EXPORTED = re.compile(r"CUDA_VISIBLE_DEVICES|DS_ENV_FILE|\w*(TOKEN|PASSWORD|SECRET|KEY)\w*", re.A)
-ENVIRONMENT_FILE = ".deepspeed_env"
-
-
 def in_quotes(value: str) -> str:
     """A value for DeepSpeed, which puts it between double quotes into a shell command; pdsh replaces %h and the like."""
     return re.sub(r'([\\"$`])', r"\\\1", value).replace("%", "%%")
@@ -6146,12 +6155,13 @@ def in_quotes(value: str) -> str:
 
 def exports(environment: Mapping[str, str]) -> list[str]:
     """Lines NAME=value of the file from which DeepSpeed sets variables on the nodes, those of the user's own file last."""
-    named = {name: value for name, value in environment.items() if EXPORTED.fullmatch(name) and value.isprintable()}
-    lines = [f"{name}={in_quotes(value)}" for name, value in named.items() if not NOT_EXPORTED.fullmatch(name)]
+    lines = [f"{name}={in_quotes(value)}" for name, value in exported(environment).items()]
     name = environment.get("DS_ENV_FILE", ENVIRONMENT_FILE)
     for folder in dict.fromkeys((Path.home(), Path.cwd())):
         with contextlib.suppress(FileNotFoundError):
-            lines += [line for line in (folder / name).read_text(encoding="utf-8").splitlines() if "=" in line]
+            lines += [
+                line for line in (folder / name).read_text(encoding="utf-8").splitlines() if re.match(r"\w+=", line)
+            ]
     return lines
 
 
@@ -6741,7 +6751,8 @@ def train(
     trainer.end()
 
 
-FINISHED_FILE = "FINISHED_FILE"  # variable by which a launcher without a model card names a file that proves the end
+# Variable by which a node's launcher, whose disk need not have the model card, names a file that proves the end.
+FINISHED_FILE = "PREFERENCE_DPO_FINISHED"
 PART_OF_RUN = """# A node's part of a run
 
 {node} has kept its part of the checkpoints of a run of several nodes here. The trained model is on {first}, in the
@@ -6810,16 +6821,25 @@ def is_one_folder(folder: Path, devices: Devices, is_first: bool) -> bool:
             folder.mkdir(parents=True, exist_ok=True)
             mine.touch()
     torch.distributed.barrier()
-    seen = of_every_rank((this_node(devices), [name for name, file in files.items() if file.exists()]))
+    seen = dict(of_every_rank((this_node(devices), [name for name, file in files.items() if file.exists()])))
     if is_first:
         mine.unlink()
-    if all(len(names) == len(files) for _, names in seen):
+    if (shared := shared_by_all(seen)) is None:
+        groups = " and of ".join(dict.fromkeys(", ".join(names) for names in seen.values()))
+        what = f"is one folder of {groups}; name one that all share, or that none shares with another"
+        raise InputError(f"{describe('output_dir', str(folder))}: {what}")
+    return shared
+
+
+def shared_by_all(seen: Mapping[str, Sequence[str]]) -> bool | None:
+    """Whether all nodes share a folder (True), or none with another (False); None where only some do.
+
+    Args:
+        seen: node → the nodes that have the same folder, itself included.
+    """
+    if all(len(names) == len(seen) for names in seen.values()):
         return True
-    if all(names == [node] for node, names in seen):
-        return False
-    shares = "; ".join(sorted({f"{node} shares it with {', '.join(names)}" for node, names in seen if len(names) > 1}))
-    what = "is one folder on some of the nodes only"
-    raise InputError(f"{describe('output_dir', str(folder))}: {what} ({shares}); name one that all share, or none")
+    return False if all(len(names) == 1 for names in seen.values()) else None
 
 
 def agree_on_files(args: ScriptArguments, devices: Devices, hf_args: TrainingArguments) -> Path | None:

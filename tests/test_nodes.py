@@ -342,6 +342,13 @@ def test_a_program_that_is_missing_is_named_with_its_package(missing, monkeypatc
     assert line.startswith(f"{missing} is not installed, ") and f"apt-get install {package}" in line
 
 
+def test_a_variable_that_would_not_reach_the_nodes_is_refused(tools, monkeypatch):
+    tools("pdsh", "echo 'rcmd modules: ssh,exec'")
+    monkeypatch.setenv("NCCL_COMMENT", "two\nlines")
+    (line,) = [problem for problem in T.pdsh_problems() if "is not installed" not in problem]
+    assert line.startswith("the variable NCCL_COMMENT holds control characters, which do not reach the nodes")
+
+
 def test_a_path_that_a_shell_takes_apart_is_refused(tools, monkeypatch):
     tools("pdsh", "echo 'rcmd modules: ssh,exec'")
     monkeypatch.setattr(T, "PROJECT_DIR", Path("/home/my project"))
@@ -381,6 +388,19 @@ def two_nodes(variables, cwd, *own) -> list[subprocess.CompletedProcess]:
         group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
         ranks.append(forkserver.start(flags, group, cwd))
     return [rank.wait() for rank in ranks]
+
+
+@pytest.mark.parametrize(
+    ("seen", "shared"),
+    [
+        ({"a": "ab", "b": "ab"}, True),
+        ({"a": "a", "b": "b"}, False),
+        ({"a": "ab", "b": "ab", "c": "c"}, None),
+        ({"a": "ab", "b": "ab", "c": "cd", "d": "cd"}, None),
+    ],
+)
+def test_whether_nodes_share_a_folder(seen, shared):
+    assert T.shared_by_all(seen) is shared
 
 
 def folders(name: str) -> dict[str, str]:
@@ -506,18 +526,24 @@ def test_two_nodes_over_ssh_train_as_one_process_does(nodes, tiny_run, tmp_path)
     assert ranks_of(cwd) == [] and [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp.")] == []
 
 
-def begun(nodes, tiny_run, cwd, **variables) -> subprocess.Popen:
-    """A long run over ssh that has written its first checkpoint."""
-    values = {**tiny_run, **nodes, "NUM_EPOCHS": "3000", "EVAL_STEPS": "1", **variables}
-    with (cwd / "err").open("w") as err:
-        launcher = subprocess.Popen(
-            ["bash", PROJECT / "fast_train.sh"], cwd=cwd, env={**os.environ, **values}, stdout=err, stderr=err
-        )
-    deadline = time.monotonic() + 200
-    while T.newest_checkpoint(output_of(cwd)) is None:
-        assert launcher.poll() is None and time.monotonic() < deadline, (cwd / "err").read_text()
-        time.sleep(0.5)
-    return launcher
+@pytest.fixture
+def begun(nodes, tiny_run, tmp_path):
+    """The launcher of a long run over ssh that has written its first checkpoint."""
+    values = {**os.environ, **tiny_run, **nodes, "NUM_EPOCHS": "3000", "EVAL_STEPS": "1"}
+    with (tmp_path / "err").open("w") as err:
+        command = ["bash", str(PROJECT / "fast_train.sh")]
+        launcher = subprocess.Popen(command, cwd=tmp_path, env=values, stdout=err, stderr=err)
+    try:
+        deadline = time.monotonic() + 200
+        while T.newest_checkpoint(output_of(tmp_path)) is None:
+            assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "err").read_text()
+            time.sleep(0.5)
+        yield launcher
+    finally:
+        launcher.terminate()
+        launcher.wait(60)
+        for process in ranks_of(tmp_path):
+            process.kill()
 
 
 def wait_until_none_is_left(cwd: Path) -> None:
@@ -530,14 +556,13 @@ def wait_until_none_is_left(cwd: Path) -> None:
 @pytest.mark.slow
 @over_ssh
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_signal_ends_the_ranks_on_all_nodes(sent, status, nodes, tiny_run, tmp_path):
+def test_a_signal_ends_the_ranks_on_all_nodes(sent, status, begun, tmp_path):
     """And no other run: DeepSpeed's own way would end all of this user's on these machines, such as this sleep's."""
     other = subprocess.Popen([f"{sys.executable} -u -m deepspeed.launcher.launch", "600"], executable="/bin/sleep")
     try:
-        launcher = begun(nodes, tiny_run, tmp_path)
         assert len(ranks_of(tmp_path)) >= 4  # a rank and DeepSpeed's launcher on each node
-        launcher.send_signal(sent)
-        assert launcher.wait(30) == status
+        begun.send_signal(sent)
+        assert begun.wait(30) == status
         wait_until_none_is_left(tmp_path)
         assert f"stopped by {sent.name}; RESUME=true continues it" in (tmp_path / "err").read_text()
         assert other.poll() is None
@@ -548,13 +573,12 @@ def test_a_signal_ends_the_ranks_on_all_nodes(sent, status, nodes, tiny_run, tmp
 
 @pytest.mark.slow
 @over_ssh
-def test_a_rank_that_dies_ends_those_of_the_other_node(nodes, tiny_run, tmp_path):
+def test_a_rank_that_dies_ends_those_of_the_other_node(begun, tmp_path):
     """The first node's rank is stopped, so that it notices nothing by itself."""
-    launcher = begun(nodes, tiny_run, tmp_path)
     ranks = {p.environ().get("RANK"): p for p in ranks_of(tmp_path) if "deepspeed.launcher.launch" not in p.cmdline()}
     ranks["0"].suspend()
     ranks["1"].kill()
-    assert launcher.wait(60) not in (0, 2)
+    assert begun.wait(60) not in (0, 2)
     with contextlib.suppress(psutil.NoSuchProcess):
         ranks["0"].resume()
     wait_until_none_is_left(tmp_path)
