@@ -14,7 +14,7 @@ PROMPT_EMBEDDING_PATH="${PROMPT_EMBEDDING_PATH:-}"      # embedding: .pt, .safet
 NUM_VIRTUAL_TOKENS="${NUM_VIRTUAL_TOKENS:-10}"          # ptuning: how many embeddings
 
 # ---- devices ----------------------------------------------------------------------------------------------------
-GPU_NODES="${GPU_NODES:-auto}"                          # auto: all GPUs, else the CPU · localhost:0,1 · localhost:2,3
+GPU_NODES="${GPU_NODES:-auto}"                          # auto: all GPUs, else the CPU · localhost:0,1 · node1:0,1,node2:0,1
 
 # ---- model and data ---------------------------------------------------------------------------------------------
 POLICY_MODEL_PATH="${POLICY_MODEL_PATH:-}"              # local folder or hub id; empty: the bundled small model
@@ -58,9 +58,10 @@ LABEL_SMOOTHING="${LABEL_SMOOTHING:-0}"                 # robust: share of wrong
 PROMPT_INIT="${PROMPT_INIT:-text}"                      # ptuning starts from PREFERENCE_TEXT's tokens (text) or from random
 ZERO_STAGE="${ZERO_STAGE:-}"
 OFFLOAD="${OFFLOAD:-}"
-HOSTFILE="${HOSTFILE:-}"
-NODE_RANK="${NODE_RANK:-}"
-MASTER_ADDR="${MASTER_ADDR:-}"
+HOSTFILE="${HOSTFILE:-}"                                # several nodes: DeepSpeed hostfile; empty: written from GPU_NODES
+NODE_RANK="${NODE_RANK:-}"                              # several nodes without ssh, one start on each: 0 on the first, 1, …
+MASTER_ADDR="${MASTER_ADDR:-}"                          # several nodes: the first one's address; needed with NODE_RANK
+MASTER_PORT="${MASTER_PORT:-}"                          # port of the first node; empty: a free one, with NODE_RANK 29500
 LOAD_IN_4BIT="${LOAD_IN_4BIT:-false}"                   # base model in 4 bits (QLoRA); needs bitsandbytes
 ADAPTER_PATH="${ADAPTER_PATH:-}"                        # folder of a LoRA adapter to continue from
 ADAPTER_REFERENCE="${ADAPTER_REFERENCE:-}"              # its DPO reference: base (adapter off) · adapter (as it is at the start)
@@ -75,7 +76,7 @@ DATA=(TRAIN_DATASET_PATH TEST_DATASET_PATH TEST_SHARE DATA_FORMAT MAX_LENGTH MAX
 OPTIMISATION=(BETA ALPHA LOSS_TYPE LABEL_SMOOTHING LEARNING_RATE PTUNING_LEARNING_RATE NUM_EPOCHS GRADIENT_ACCUM_STEPS
   PAIRS_PER_FORWARD GRADIENT_CHECKPOINTING SEED PRESET)
 RUN=(EVAL_STEPS OUTPUT_DIR LOG_DIR REFERENCE_CACHE RESUME OVERWRITE)
-DEVICES=(GPU_NODES CPU_RANKS ZERO_STAGE OFFLOAD DS_CONFIG HOSTFILE NODE_RANK MASTER_ADDR)
+DEVICES=(GPU_NODES CPU_RANKS ZERO_STAGE OFFLOAD DS_CONFIG HOSTFILE NODE_RANK MASTER_ADDR MASTER_PORT)
 
 PROJECT="$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 SCRIPT="$PROJECT/train_with_preference_prompt.py"
@@ -83,22 +84,30 @@ SCRIPT="$PROJECT/train_with_preference_prompt.py"
 say() { printf '%s\n' "$*" >&2 || true; }  # the terminal may be gone
 fail() { say "error: $*"; exit 2; }
 
-# What must not outlive this start: the plan's file, and DeepSpeed's shared memory where a rank was killed.
-PLAN="" MASTER_PORT=""
-free_memory() { rm -f ${MASTER_PORT:+/dev/shm/deepspeed_allreduce_buffer_"$UID"_*_"$MASTER_PORT"_*}; }
-clean_up() { rm -f ${PLAN:+"$PLAN"}; free_memory; }
+# What must not outlive this start: its own files, and DeepSpeed's shared memory where a rank was killed.
+FILES="" PORT=""
+free_memory() { rm -f ${PORT:+/dev/shm/deepspeed_allreduce_buffer_"$UID"_*_"$PORT"_*}; }
+clean_up() { rm -rf ${FILES:+"$FILES"}; free_memory; }
 trap clean_up EXIT
 
+HOSTS=() EXPORTS=() ADDRESS="" NODE=""  # of several nodes: see plan
 SIGNAL="" STATUS="" GROUP="" START="" OUTPUT="" SWEEP="" RUNS=()
 trap 'stop HUP 129' HUP
 trap 'stop INT 130' INT
 trap 'stop TERM 143' TERM
 
-# Ends what runs, by SIGTERM also for Ctrl-C: it spares a traceback from every rank.
+# Ends what runs, by SIGTERM also for Ctrl-C: it spares a traceback from every rank. Ranks on other nodes end with the
+# ssh that holds them, by SIGHUP: at SIGTERM DeepSpeed's launcher would end this user's other runs there as well.
 stop() {
   SIGNAL="$1" STATUS="$2"
-  [[ -z "$GROUP" ]] || kill -TERM -- "-$GROUP" 2>/dev/null || true
+  [[ -z "$GROUP" ]] || end_group "$GROUP"
 }
+end_group() {
+  local signal=TERM
+  if over_ssh; then signal=HUP; fi
+  kill -"$signal" -- "-$1" 2>/dev/null || true
+}
+over_ssh() { ((${#HOSTS[@]})) && [[ -z "$NODE" ]]; }
 
 exit_if_stopped() {
   [[ -n "$SIGNAL" ]] || return 0
@@ -115,7 +124,7 @@ run() {
   "$@" </dev/null &
   GROUP=$!
   set +m
-  [[ -z "$SIGNAL" ]] || kill -TERM -- "-$GROUP" 2>/dev/null || true  # it came while the group began
+  [[ -z "$SIGNAL" ]] || end_group "$GROUP"  # it came while the group began
   wait "$GROUP" || code=$?
   for ((i = 0; i < 120; i++)); do  # seconds for what is left, where DeepSpeed's launcher itself was killed
     kill -0 -- "-$GROUP" 2>/dev/null || break
@@ -207,13 +216,17 @@ evaluates() {
 plan() {
   local line name value
   say "checking settings, files and data"
-  run "$PYTHON" "$SCRIPT" "$@" --plan true >"$PLAN" || exit
-  ENVIRONMENT=()
+  run "$PYTHON" "$SCRIPT" "$@" --plan true >"$FILES/plan" || exit
+  ENVIRONMENT=() HOSTS=() EXPORTS=()
   while IFS= read -r line; do
     name="${line%%=*}" value="${line#*=}"
     case "$name" in
       INCLUDE) INCLUDE="$value" ;;
-      MASTER_PORT) MASTER_PORT="$value" ;;
+      MASTER_PORT) PORT="$value" ;;
+      HOST) HOSTS+=("$value") ;;  # a line of the hostfile, where there are several nodes
+      EXPORT) EXPORTS+=("$value") ;;  # a variable that the ranks on them get
+      ADDRESS) ADDRESS="$value" ;;  # of the first node
+      NODE) NODE="$value" ;;  # the number of this one, where each has its own launcher
       DEVICE) DEVICE="$value" ;;
       OUTPUT) OUTPUT="$value" ;;
       LOGS) LOGS="$value" ;;
@@ -221,25 +234,67 @@ plan() {
       RUN) RUNS+=("$value") ;;  # and each that is to be trained: its name and flags, separated by tabs
       *) ENVIRONMENT+=("$name=$value") ;;
     esac
-  done <"$PLAN"
+  done <"$FILES/plan"
   # PyTorch reads PYTORCH_ALLOC_CONF, older ones PYTORCH_CUDA_ALLOC_CONF: segments that grow waste less GPU memory.
   ENVIRONMENT+=("PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}" "TOKENIZERS_PARALLELISM=false")
+}
+
+# Succeeds where the run is finished: it has a new model card, or, on a node that need not see it, has said so.
+is_finished() {
+  [[ -e "$FILES/finished" || ( ${NODE:-0} == 0 && -n "$(find "$OUTPUT/README.md" -newermt "@$START" 2>/dev/null)" ) ]]
+}
+
+# Makes command that of several nodes: each starts its own ranks, or all are started from here, over ssh.
+of_nodes() {
+  printf '%s\n' "${HOSTS[@]}" >"$FILES/hostfile"
+  command+=("--hostfile=$FILES/hostfile" "--master_addr=$ADDRESS")
+  rm -f "$FILES/finished" "$FILES/status"
+  if [[ -n "$NODE" ]]; then
+    command=(env "${ENVIRONMENT[@]}" "PREFERENCE_DPO_FINISHED=$FILES/finished" "${command[@]}" --no_ssh "--node_rank=$NODE"
+      "$SCRIPT" "$@")
+    return
+  fi
+  printf '%s\n' "${EXPORTS[@]}" "${ENVIRONMENT[@]}" >"$FILES/environment"
+  # The flags in one word of plain characters, with the working folder: a shell on each node reads the command again.
+  command=(env --chdir="$PROJECT" "${ENVIRONMENT[@]}" "DS_ENV_FILE=$FILES/environment"
+    "PDSH_SSH_ARGS_APPEND=${PDSH_SSH_ARGS_APPEND:-} -oBatchMode=yes -oServerAliveInterval=15 -oServerAliveCountMax=4"
+    "${command[@]}" --launcher=pdsh --no_ssh_check "$SCRIPT"
+    "--encoded=$(printf '%s\0' "$(pwd -P)" "$@" | gzip -9n | base64 -w0)")
+}
+
+# Runs a command that starts ranks on nodes over ssh; once those of one node have failed, the others get a few seconds.
+end_together() {
+  local group="$BASHPID" line
+  "$@" > >(grep --line-buffered -vF '[INFO] [launch.py:') 2> >(
+    while IFS= read -r line; do
+      printf '%s\n' "$line" >&2
+      [[ "$line" =~ ^pdsh@.*:\ ssh\ exited\ with\ exit\ code\ ([0-9]+)$ && ! -s "$FILES/status" ]] || continue
+      printf '%s\n' "${BASH_REMATCH[1]}" >"$FILES/status"
+      { sleep 5; end_group "$group"; } &
+    done
+  )
 }
 
 # Trains with these flags as the plan said; returns the status of the ranks, 0 only where the run is finished.
 train() {
   local code=0 command
   if [[ "$DEVICE" == cpu ]]; then check_compiler; fi
-  command=(env "${ENVIRONMENT[@]}" "$SCRIPTS/deepspeed" "--include=$INCLUDE" "--master_port=$MASTER_PORT" --no_local_rank
-    --log_level=error "$SCRIPT" "$@")
+  command=("$SCRIPTS/deepspeed" "--include=$INCLUDE" "--master_port=$PORT" --no_local_rank --log_level=error)
+  if ((${#HOSTS[@]} == 0)); then
+    command=(env "${ENVIRONMENT[@]}" "${command[@]}" "$SCRIPT" "$@")
+  else
+    of_nodes "$@"
+  fi
   say "command:"
   say "  $(printf '%q ' "${command[@]}")"
   if "$DRY_RUN"; then return 0; fi
+  if over_ssh; then command=(end_together "${command[@]}"); fi
   START="$(date +%s)"
   run "${command[@]}" || code=$?
+  if [[ -s "$FILES/status" ]]; then code="$(<"$FILES/status")"; fi
   free_memory
   # DeepSpeed's launcher returns 0 even when it was killed: only a new model card, written last, proves the end.
-  if ((code == 0)) && [[ -z "$(find "$OUTPUT/README.md" -newermt "@$START" 2>/dev/null)" ]]; then
+  if ((code == 0)) && ! is_finished; then
     say "training ended without finishing $OUTPUT$(how_to_go_on)"
     return 1
   fi
@@ -352,13 +407,14 @@ FLAGS=()
 flags "${GUIDANCE[@]}" "${MODEL[@]}" "${DATA[@]}" "${OPTIMISATION[@]}" "${RUN[@]}" "${DEVICES[@]}"
 if evaluates "$@"; then exec "$PYTHON" "$SCRIPT" "${FLAGS[@]}" "$@" --plan "$DRY_RUN"; fi
 
-PLAN="$(mktemp)" || fail "no temporary file can be made in ${TMPDIR:-/tmp}: make room there, or name another folder in TMPDIR"
+FILES="$(mktemp -d)" || fail "no temporary file can be made in ${TMPDIR:-/tmp}: make room there, or name another folder in TMPDIR"
 SCRIPTS="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
 plan "${FLAGS[@]}" "$@"
 if [[ -n "$SWEEP" ]]; then
   sweep "$@"
 else
   train "${FLAGS[@]}" "$@" || exit
+  ((${NODE:-0} == 0)) || "$DRY_RUN" || { say "this node has done its part; the trained model is on the first one"; exit 0; }
   "$DRY_RUN" || say "the trained model is in $OUTPUT (its README.md says how to use it)"
 fi
 if "$DRY_RUN"; then say "DRY_RUN: stopped before training"; exit 0; fi

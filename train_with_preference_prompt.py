@@ -17,10 +17,12 @@ Shape legend:     P pairs in a batch · A = 2P answers · T tokens in the packed
 Log-probabilities and their sums are in nats, fp32.
 """
 
+import base64
 import bisect
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -28,12 +30,14 @@ import errno
 import fcntl
 import functools
 import gc
+import getpass
 import glob
 import gzip
 import hashlib
 import heapq
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -46,11 +50,15 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import socket
+import stat
 import statistics
+import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import uuid
 import warnings
@@ -58,6 +66,7 @@ import zlib
 from argparse import ArgumentError
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -278,6 +287,11 @@ def read_source(text: str) -> Source:
         return Source(text, math.nan)
 
 
+def names_nodes(gpu_nodes: str, hostfile: str) -> bool:
+    """Whether several nodes are asked for: GPU_NODES names a host that is not localhost, or there is a hostfile."""
+    return bool(hostfile) or re.search(r"(^|[,@])(?!localhost:)[^,:@]+:", gpu_nodes) is not None
+
+
 def read_sources(text: str) -> list[Source]:
     """The sources of a setting; what lies between commas belongs together where it names an existing path."""
     words, sources = text.split(","), []
@@ -359,7 +373,9 @@ class ScriptArguments:
         "", "Folder that keeps the reference's log-probabilities for later runs; empty: in ~/.cache; off: none."
     )
     # --- devices
-    gpu_nodes: str = setting("auto", "auto (all GPUs, else the CPU) or localhost:0,1 with GPU numbers.")
+    gpu_nodes: str = setting(
+        "auto", "auto (all GPUs, else the CPU), localhost:0,1 with GPU numbers, or several nodes: node1:0,1,node2:0,1."
+    )
     cpu_ranks: int = setting(1, "Processes that share the cores when training on the CPU.")
     zero_stage: str = setting(
         "",
@@ -371,9 +387,14 @@ class ScriptArguments:
         "What it keeps in CPU memory: optimizer, parameters (the model; ZeRO 3) or both; empty: what ds_config says.",
     )
     ds_config: str = setting("ds_config.json", "DeepSpeed configuration file.")
-    hostfile: str = setting("", "DeepSpeed hostfile for several nodes.")
-    node_rank: str = setting("", "This node's number when each node starts its own launcher.")
-    master_addr: str = setting("", "Address of the first node.")
+    hostfile: str = setting(
+        "", "DeepSpeed hostfile (node1 slots=2 a line) of several nodes; empty: written from gpu_nodes."
+    )
+    node_rank: str = setting(
+        "", "This node's number, 0 for the first, where each node starts its own launcher; empty: the first starts all."
+    )
+    master_addr: str = setting("", "Address of the first node; empty: the one from which it reaches the second by ssh.")
+    master_port: str = setting("", "Port of the first node on which the ranks meet; empty: a free one, or 29500.")
     preset: str = setting("", "Sets β and α: conservative (0.01, 0.05), balanced (0.05, 0.1), aggressive (0.1, 0.2).")
     plan: bool = setting(False, "Check everything, print the plan and the devices, and stop.")
     # --- instead of training
@@ -450,6 +471,11 @@ class ScriptArguments:
         }
 
     @property
+    def on_nodes(self) -> bool:
+        """Whether several nodes are asked for."""
+        return names_nodes(self.gpu_nodes, self.hostfile)
+
+    @property
     def output_path(self) -> Path:
         return expanded(self.output_dir)
 
@@ -495,6 +521,7 @@ def source_problems(args: ScriptArguments) -> list[str]:
     return problems
 
 
+OF_NODES = ("hostfile", "node_rank", "master_addr", "master_port")  # how the nodes find each other; they change no run
 LAUNCHERS_OWN = ("plan", "sweep_table", "sweep_failed")  # flags that fast_train.sh adds; they change no run
 
 # PRESET → the settings that it stands for
@@ -521,9 +548,6 @@ ONLY = {
     "adapter_reference": (("", "base", "adapter"), "there is no such reference"),
     "zero_stage": (("", "0", "1", "2", "3"), "there is no such ZeRO stage"),
     "offload": (("", *OFFLOADED), "there is no such offloading"),
-    "hostfile": (("",), "training on several nodes is not available in this version"),
-    "node_rank": (("",), "training on several nodes is not available in this version"),
-    "master_addr": (("",), "training on several nodes is not available in this version"),
     "preset": (("", *PRESETS), "there is no such preset"),
 }
 
@@ -539,7 +563,7 @@ NOT_USED = {
         *("warmup_ratio", "weight_decay", "max_grad_norm", "num_epochs", "gradient_accum_steps", "seed"),
         *("gradient_checkpointing", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "eval_steps"),
         *("output_dir", "log_dir", "resume", "overwrite", "reference_cache", "cpu_ranks"),
-        *("zero_stage", "offload", "ds_config"),
+        *("zero_stage", "offload", "ds_config", *OF_NODES),
     ),
 }
 
@@ -547,6 +571,12 @@ LORA_SHAPE = ("lora_r", "lora_alpha", "lora_target_modules")  # with ADAPTER_PAT
 
 # Schedules that need no further settings, no metric under the stock Trainer's name and run under DeepSpeed.
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "inverse_sqrt")
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a whole number in digits, of at most nine."""
+    return re.fullmatch("[0-9]{1,9}", text) is not None
+
 
 # field → (test, what must hold)
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -574,6 +604,18 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda x: 0 <= x < 2**32, "must lie between 0 and 2**32 - 1"),
     "eval_steps": (lambda x: x >= 0, "must be at least 0 updates; 0 evaluates only at the start and the end"),
     "cpu_ranks": (lambda x: 1 <= x <= CORES, f"must be 1 to {CORES}, the cores that there are"),
+    "node_rank": (
+        lambda x: not x or is_number(x),
+        "must be this node's number in GPU_NODES, 0 for the first, or empty",
+    ),
+    "master_addr": (
+        lambda x: re.fullmatch(r"[\w.:-]*", x, re.A),
+        "must be the first node's address or host name; its port belongs in MASTER_PORT",
+    ),
+    "master_port": (
+        lambda x: not x or (is_number(x) and 1024 <= int(x) < 2**16),
+        "must be 1024 to 65535, a port of the first node, or empty",
+    ),
     "output_dir": (str.strip, "must name a folder"),
     "log_dir": (str.strip, "must name a folder"),
     "preference_text": (
@@ -611,6 +653,7 @@ PATHS = (
     "log_dir",
     "reference_cache",
     "ds_config",
+    "hostfile",
     "evaluation_file",
 )
 
@@ -732,6 +775,25 @@ def adapter_problems(args: ScriptArguments) -> list[str]:
     return []
 
 
+def nodes_problems(args: ScriptArguments) -> list[str]:
+    """Why the settings of several nodes do not go with each other or with what is done."""
+    nodes = describe("gpu_nodes", args.gpu_nodes)
+    if args.evaluate_only:
+        return [f"{nodes}: an evaluation runs on this machine; set it to auto or localhost:0"] * args.on_nodes
+    if not args.on_nodes:
+        given = [name for name in ("node_rank", "master_addr") if getattr(args, name)]
+        what = "but GPU_NODES names no nodes: name them all, node1:0,1,node2:0,1, or empty it"
+        return [f"{describe(name, getattr(args, name))}, {what}" for name in given]
+    problems = []
+    if args.node_rank and not args.master_addr:
+        what = "but MASTER_ADDR is empty: name the first node's address, the same on every node"
+        problems.append(f"{describe('node_rank', args.node_rank)}, {what}")
+    if args.cpu_ranks != 1:
+        what = "the ranks of several nodes are those that GPU_NODES names; set it to 1"
+        problems.append(f"{describe('cpu_ranks', args.cpu_ranks)}: {what}")
+    return problems
+
+
 def argument_problems(args: ScriptArguments) -> list[str]:
     """Every setting that cannot be used, one line each: variable, flag, value, reason and remedy."""
     problems = path_problems(args) + source_problems(args)
@@ -768,7 +830,7 @@ def argument_problems(args: ScriptArguments) -> list[str]:
             f"{describe('label_smoothing', args.label_smoothing)}: only LOSS_TYPE=robust uses it, and LOSS_TYPE is "
             f"{args.loss_type!r}; set the one to 0 or the other to robust"
         )
-    problems += adapter_problems(args)
+    problems += adapter_problems(args) + nodes_problems(args)
     if args.evaluation_file and not args.evaluate_only:
         problems.append(
             f"{describe('evaluation_file', args.evaluation_file)}: only --evaluate_only writes it; add that, or leave "
@@ -4155,6 +4217,25 @@ def load_cpu_communication() -> None:
             build_shm_op()
 
 
+def use_interface_of(address: str) -> None:
+    """Has gloo, the communication of CPU ranks, use the network interface by which this node reaches the first one.
+
+    By itself it takes the one of the host's own name, which on many systems is a loopback that no other node reaches.
+    """
+    import psutil
+
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    family, _, _, _, place = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(place)  # sends nothing
+        own = probe.getsockname()[0]
+    interfaces = psutil.net_if_addrs().items()
+    names = [name for name, addresses in interfaces if any(found.address == own for found in addresses)]
+    if names:  # none for some of the loopback's addresses
+        os.environ["GLOO_SOCKET_IFNAME"] = names[0]
+
+
 def has_bf16(on_gpu: bool) -> bool:
     """Whether the run's devices are GPUs that compute in bf16."""
     return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -4332,13 +4413,15 @@ class PreferenceGuidedDPOTrainer(Trainer):
         """
         output_dir = Path(self.args.output_dir)
         checkpoint = output_dir / f"checkpoint-{self.state.global_step}"
-        if self.is_world_process_zero():
+        if self.args.should_save:
             shutil.rmtree(checkpoint, ignore_errors=True)  # an incomplete one, of an interrupted run
         self.accelerator.wait_for_everyone()
         with writing(checkpoint, output_dir):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
+            if self.args.should_save:
+                if self.args.save_on_each_node:  # DeepSpeed names its folder on the first node's disk alone
+                    write_text(checkpoint / "latest", next(checkpoint.glob("global_step*")).name)
                 mark_complete(checkpoint)
                 drop_old_checkpoints(output_dir)
 
@@ -5467,22 +5550,46 @@ From the folder of the trainer:
 # ======================================================================================================================
 
 
+class Node(NamedTuple):
+    """One of several machines: its host name, and the numbers of those of its GPUs (or CPU ranks) that take part."""
+
+    name: str
+    slots: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}:{','.join(map(str, self.slots))}"
+
+
 @dataclass(frozen=True)
 class Devices:
-    """Where the run goes: DeepSpeed's include filter and how many ranks it starts."""
+    """Where the run goes: DeepSpeed's include filter and how many ranks it starts; the nodes, where there are several.
+
+    Args:
+        address, port: of the first node, where the ranks meet; port 0 stands for any that is free.
+    """
 
     include: str
     ranks: int
     on_gpu: bool
+    nodes: tuple[Node, ...] = ()
+    address: str = ""
+    port: int = 0
 
     def __str__(self) -> str:
+        where = f" of {len(self.nodes)} nodes" if self.nodes else ""
         if self.on_gpu:
-            return f"{self.ranks} GPU(s), {self.include}"
-        return f"CPU, {self.ranks} rank(s) with {self.threads_per_rank} of {CORES} cores each"
+            return f"{self.ranks} GPU(s){where}, {self.include}"
+        where = where and f"{where}, {self.include},"
+        return f"CPU, {self.ranks} rank(s){where} with {self.threads_per_rank} of {CORES} cores each"
+
+    @property
+    def ranks_per_node(self) -> int:
+        """The most that a node has."""
+        return max((len(node.slots) for node in self.nodes), default=self.ranks)
 
     @property
     def threads_per_rank(self) -> int:
-        return max(1, CORES // self.ranks)
+        return max(1, CORES // self.ranks_per_node)
 
 
 def available_gpus() -> list[int]:
@@ -5501,12 +5608,119 @@ def available_gpus() -> list[int]:
     return [int(number) for number in visible.split(",")]
 
 
-def resolve_devices(gpu_nodes: str, cpu_ranks: int, gpus: Sequence[int]) -> Devices:
+HOST_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+NODES_FORM = "node1:0,1,node2:0,1"
+
+
+def read_hostfile(path: str) -> dict[str, int]:
+    """Host name → slots of a hostfile, in its order.
+
+    Raises:
+        InputError: it cannot be read; every line that is not of its form is named.
+    """
+    where, slots, problems = describe("hostfile", path), {}, []
+    try:
+        lines = expanded(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{where}: cannot be read ({error}); name a text file with a line node1 slots=2 a node"
+        ) from None
+    for number, line in enumerate(lines, start=1):
+        found = re.fullmatch(rf"({HOST_NAME})\s+slots=([0-9]{{1,5}})(\s.*)?", line.strip())
+        if not line.strip() or line.strip().startswith("#"):
+            continue
+        if found is None or found[1] in slots:
+            what = "is not of the form node1 slots=2" if found is None else f"names {found[1]} again"
+            problems.append(f"{where}: line {number}, {shortened(repr(line), 80)}, {what}; mend it")
+            continue
+        slots[found[1]] = int(found[2])
+    if problems or not slots:
+        raise InputError(*(problems or [f"{where}: names no node; write a line node1 slots=2 for each"]))
+    return slots
+
+
+def parse_nodes(gpu_nodes: str) -> tuple[Node, ...]:
+    """The nodes of `node1:0,1,node2:0,1`.
+
+    Raises:
+        InputError: it is not of this form, or names something twice.
+    """
+    where, nodes = describe("gpu_nodes", gpu_nodes), {}
+    for word in gpu_nodes.split(","):
+        name, colon, number = word.rpartition(":")
+        if not is_number(number) or not (re.fullmatch(HOST_NAME, name) if colon else nodes):
+            what = f"must be auto, localhost:0,1, or several nodes with their GPU numbers: {NODES_FORM}"
+            raise InputError(f"{where}: {what}; {shortened(repr(word), 80)} is not part of such a list")
+        if name in nodes:
+            raise InputError(f"{where}: names {name} twice; put its numbers together: {name}:0,1")
+        if colon:
+            nodes[name] = []
+        nodes[[*nodes][-1]].append(int(number))
+    twice = [name for name, numbers in nodes.items() if len(set(numbers)) < len(numbers)]
+    if twice:
+        raise InputError(f"{where}: names a GPU twice on {', '.join(twice)}; name each once")
+    return tuple(Node(name, tuple(sorted(numbers))) for name, numbers in nodes.items())
+
+
+def resolve_nodes(gpu_nodes: str, hostfile: str) -> tuple[Node, ...]:
+    """The nodes that GPU_NODES names, or with auto those of HOSTFILE, the first one first.
+
+    Raises:
+        InputError: the two do not go together, or it is not several machines that they name.
+    """
+    where, known = describe("gpu_nodes", gpu_nodes), read_hostfile(hostfile) if hostfile else None
+    if gpu_nodes == "auto":
+        nodes = tuple(Node(name, tuple(range(slots))) for name, slots in known.items() if slots)
+    else:
+        nodes = parse_nodes(gpu_nodes)
+    problems = []
+    for name, numbers in nodes:
+        if re.match(r"localhost$|127\.", name):
+            what = f"{name} is another machine on every node"
+            problems.append(f"{where}: {what}; name each as the others reach it, or this one alone without HOSTFILE")
+        elif known and name not in known:
+            problems.append(
+                f"{where}: HOSTFILE {hostfile!r} has no {name}, only {', '.join(known)}; add it or leave it out"
+            )
+        elif known and (beyond := [n for n in numbers if n >= known[name]]):
+            what = f"HOSTFILE {hostfile!r} gives {name} {known[name]} slots, counted from 0, so that it has no"
+            problems.append(f"{where}: {what} {', '.join(map(str, beyond))}; raise slots or leave it out")
+    if len(nodes) < 2 and not problems:
+        what = "is one node only; for this machine's GPUs say localhost:0,1, for another's start ./fast_train.sh there"
+        problems.append(f"{where}: {nodes[0] if nodes else 'nothing'} {what}")
+    if problems:
+        raise InputError(*problems)
+    return nodes
+
+
+def devices_of_nodes(gpu_nodes: str, hostfile: str, node_rank: str, gpus: Sequence[int]) -> Devices:
+    """The devices of several nodes, of which this machine is number `node_rank` and has these GPUs.
+
+    Raises:
+        InputError: they do not go together, or this machine lacks a GPU that is named.
+    """
+    nodes = resolve_nodes(gpu_nodes, hostfile)
+    if int(node_rank) >= len(nodes):
+        names = ", ".join(f"{number} for {node.name}" for number, node in enumerate(nodes))
+        raise InputError(f"{describe('node_rank', node_rank)}: there is no such node; set it to {names}")
+    here = nodes[int(node_rank)]
+    if gpus and (missing := sorted(set(here.slots) - set(gpus))):
+        what = f"{here.name}, this machine, has no GPU {', '.join(map(str, missing))}"
+        raise InputError(f"{describe('gpu_nodes', gpu_nodes)}: {what}; GPUs here: {', '.join(map(str, gpus))}")
+    ranks = sum(len(node.slots) for node in nodes)
+    return Devices("@".join(map(str, nodes)), ranks, on_gpu=bool(gpus), nodes=nodes)
+
+
+def resolve_devices(
+    gpu_nodes: str, cpu_ranks: int, gpus: Sequence[int], hostfile: str = "", node_rank: str = ""
+) -> Devices:
     """Which devices GPU_NODES means on a machine with these GPUs.
 
     Raises:
         InputError: it names GPUs that are not there, or is not of a form that this version knows.
     """
+    if names_nodes(gpu_nodes, hostfile):
+        return devices_of_nodes(gpu_nodes, hostfile, node_rank or "0", gpus)
     where = describe("gpu_nodes", gpu_nodes)
     here = f"GPUs here: {', '.join(map(str, gpus))}" if gpus else "this machine has no GPU; auto trains on its CPU"
     if gpu_nodes == "auto":
@@ -5544,6 +5758,7 @@ def recorded_settings(args: ScriptArguments, devices: Devices, pairs: Mapping[st
     """What a resumed run must share with the interrupted one: settings, ranks, and the data's content."""
     free = (
         *LAUNCHERS_OWN,
+        *OF_NODES,
         "preset",  # β and α hold what it set
         "resume",
         "overwrite",
@@ -5939,6 +6154,295 @@ def device_problems(args: ScriptArguments, devices: Devices) -> list[str]:
     return problems
 
 
+def checksum_of(path: str) -> str | None:
+    """SHA-256 of a file; None where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except OSError:
+        return None
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def is_writable(folder: str) -> bool:
+    """Whether a folder can be written to, or made."""
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+
+
+def count_gpus() -> int:
+    """GPUs by NVIDIA's driver, which answers at once; PyTorch takes seconds."""
+    try:
+        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    except OSError:
+        return 0
+    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+def refusal(address: str, port: int) -> str:
+    """Why nothing answers there; empty where something does."""
+    try:
+        socket.create_connection((address, port), timeout=3).close()
+        return ""
+    except OSError as error:
+        return str(error)
+
+
+def this_machine() -> list[str]:
+    """What tells a machine, and a container on it, from others."""
+    with open("/proc/sys/kernel/random/boot_id") as boot:
+        return [socket.gethostname(), boot.read().strip()]
+
+
+def look_at_node(request: dict) -> dict:
+    """What there is on the machine that runs this.
+
+    Args:
+        request: packages (their names), same (files whose content counts), paths (that must exist), folders (that are
+            written to), bundled (file and module of the bundled model, one of which must be there), tools (programs),
+            address ("": from which ssh came) and port of the first node.
+    """
+    address = request["address"] or os.environ.get("SSH_CONNECTION", "").split(" ")[0]
+    file, module = request["bundled"]
+    return {
+        "versions": {"Python": platform.python_version(), **{name: version_of(name) for name in request["packages"]}},
+        "same": {path: checksum_of(path) for path in request["same"]},
+        "missing": [path for path in request["paths"] if not os.path.exists(path)],
+        "read-only": [path for path in request["folders"] if not is_writable(path)],
+        "tools": [name for name in request["tools"] if shutil.which(name) is None],
+        "bundled": os.path.exists(file) or importlib.util.find_spec(module) is not None,
+        "gpus": count_gpus(),
+        "machine": this_machine(),
+        "address": address,
+        "refused": refusal(address, request["port"]),
+    }
+
+
+# The program that runs on a node before anything of this project is loaded there, perhaps not even installed.
+NODE_FUNCTIONS = (checksum_of, version_of, is_writable, count_gpus, refusal, this_machine, look_at_node)
+NODE_IMPORTS = "import ctypes, hashlib, importlib.metadata, importlib.util, json, os, platform, shutil, socket"
+
+
+def node_program(request: Mapping[str, Any]) -> str:
+    """Source that prints what `look_at_node` finds, as JSON, in the last line."""
+    sources = [f"from __future__ import annotations\n{NODE_IMPORTS}", *map(inspect.getsource, NODE_FUNCTIONS)]
+    return "\n\n".join([*sources, f"print('\\n' + json.dumps(look_at_node(json.loads({json.dumps(request)!r}))))\n"])
+
+
+# What ssh says → what to do; {} is the node.
+SSH_REMEDIES = {
+    "Permission denied": "let this machine in without a password: ssh-copy-id {}",
+    "Host key verification failed": "accept its key once: ssh {} true",
+    "Could not resolve|not known|resolution": "name it as DNS, /etc/hosts or ~/.ssh/config knows it",
+    "timed out|No route|unreachable|does not answer": "is it up, and may this machine reach it?",
+    "refused|closed by|reset by": "start sshd there, or name its port in ~/.ssh/config",
+    "not found|No such file": "set up the project there as here, at the same path: ./fast_train.sh --setup",
+    "": "try yourself: ssh -o BatchMode=yes {} true",
+}
+NODE_SECONDS = 10.0  # after which a node counts as not answering
+
+
+def ssh_words() -> list[str]:
+    """ssh with the options with which pdsh, as this environment sets it up, will start the ranks; %h: host, %u: user."""
+    own = os.environ.get("PDSH_SSH_ARGS_APPEND", "").split()
+    base = os.environ.get("PDSH_SSH_ARGS", "-2 -a -x %h").split()
+    return ["ssh", "-oConnectTimeout=5", *own, "-oBatchMode=yes", *base]
+
+
+def ask_node(name: str, request: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """What `look_at_node` finds on a node, over ssh; or None and why it cannot be asked, with the remedy."""
+    words = [word.replace("%h", name).replace("%u", getpass.getuser()) for word in ssh_words()]
+    command = [*words, f"{shlex.quote(sys.executable)} -"]
+    options = {
+        "input": node_program(request),
+        "capture_output": True,
+        "text": True,
+        "errors": "replace",
+        "timeout": NODE_SECONDS,
+    }
+    try:
+        result = subprocess.run(command, **options)
+        said = [line.strip() for line in result.stderr.splitlines() if line.strip()] or [f"status {result.returncode}"]
+    except subprocess.TimeoutExpired:
+        result, said = None, [f"it does not answer within {NODE_SECONDS:g} s"]
+    if result is not None and result.returncode == 0:
+        with contextlib.suppress(ValueError, LookupError):  # a shell's greeting may stand in front
+            return json.loads(result.stdout.splitlines()[-1]), ""
+    remedy = next(remedy for words, remedy in SSH_REMEDIES.items() if re.search(words, said[-1]))
+    return None, f"cannot be asked over ssh ({shortened(said[-1], 200)}); {remedy.format(name)}"
+
+
+def listening(port: int) -> socket.socket:
+    """A socket that listens on all addresses of this machine; port 0: any that is free."""
+    both = socket.has_dualstack_ipv6()
+    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+
+
+@functools.cache
+def ask_nodes(names: tuple[str, ...], request: str, port: int) -> list[tuple[dict[str, Any] | None, str]]:
+    """`ask_node` of all at once, for as long as this machine listens on the port, once for each request.
+
+    Args:
+        request: what `look_at_node` takes, as JSON.
+        port: 0 for any that is free.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    with listening(port) as listener, ThreadPoolExecutor(len(names)) as threads:
+        asked = json.loads(request) | {"port": listener.getsockname()[1]}
+        found = list(threads.map(lambda name: ask_node(name, asked), names))
+    return [(answer and answer | {"port": asked["port"]}, why) for answer, why in found]
+
+
+def nodes_request(args: ScriptArguments, on_gpu: bool) -> dict[str, Any]:
+    """What a node must have: `look_at_node`'s request but for the port."""
+    named = [args.policy_model_path, args.prompt_embedding_path, args.adapter_path]
+    inputs = [expanded(path) for path in named if path]
+    inputs += [place for sources in args.sources.values() for s in sources if (place := place_of(s.name)[0])]
+    same = [PROJECT_DIR / Path(__file__).name, args.ds_config_path, *([expanded(args.hostfile)] * bool(args.hostfile))]
+    bundled = (str(BUNDLED_MODEL_DIR / "config.json"), BUNDLED_MODEL_PACKAGE)
+    return {
+        "packages": PACKAGES,
+        "same": [os.path.abspath(path) for path in same],
+        "paths": [str(Path.cwd()), *(os.path.abspath(path) for path in inputs if os.path.exists(path))],
+        "folders": [os.path.abspath(args.output_path.parent)],
+        "tools": [] if on_gpu else [os.environ.get("CXX", "c++")],
+        "bundled": ("/", "os") if args.policy_model_path else bundled,  # the first is everywhere
+        "address": args.master_addr,
+    }
+
+
+def unlike(node: Node, there: Mapping[str, Any], here: Mapping[str, Any], on_gpu: bool) -> list[str]:
+    """In what a node is not as the first one is, and what to do, by what `look_at_node` found on both."""
+    differing = [path for path, checksum in there["same"].items() if checksum != here["same"][path]]
+    absent = [path for path in differing if there["same"][path] is None]
+    changed = [path for path in differing if path not in absent]
+    versions = [
+        f"{name} {there['versions'][name] or 'missing'}, not {version}"
+        for name, version in here["versions"].items()
+        if there["versions"][name] != version
+    ]
+    gpus, greatest, port = there["gpus"], max(node.slots), there["port"]
+    found = (
+        ([*absent, *there["missing"]], "{} not there; copy it to the same path"),
+        (changed, "{} not the same as here; copy it"),
+        (versions, "{}; install the same there"),
+        (there["read-only"], "{} cannot be written; make it writable"),
+        (there["tools"], "{} not there, with which DeepSpeed compiles; install g++"),
+        (
+            [] if there["bundled"] else ["the bundled model's package"],
+            "{} not there; run ./fast_train.sh --setup there",
+        ),
+        ([gpus] if gpus and not on_gpu else [], "it has {} GPU(s), this machine none that PyTorch can use; mend that"),
+        ([gpus] if on_gpu and greatest >= gpus else [], f"it has {{}} GPU(s), so no GPU {greatest}; name those it has"),
+        (
+            [there["refused"]] if there["refused"] else [],
+            f"it does not reach this machine at {there['address']}, port {port} ({{}}); open the firewall, or name in "
+            "MASTER_ADDR the address, and in MASTER_PORT an open port, at which it does",
+        ),
+    )
+    return [text.format(", ".join(map(str, what))) for what, text in found if what]
+
+
+# Variables of the environment that ranks on other nodes get, too. Never secrets: pdsh shows the values in a command.
+EXPORTED = re.compile(
+    r"(NCCL|GLOO|UCX|MV2|MLFLOW|TORCH|PYTORCH|CUDA|TRITON|HF|TRANSFORMERS|TOKENIZERS|OMP|MKL|KMP|DS|LC)_\w+|PYTHON\w*"
+    r"|PATH|LD_LIBRARY_PATH|LD_PRELOAD|LANG|CC|CXX|XDG_CACHE_HOME",
+    re.A,
+)
+NOT_EXPORTED = re.compile(r"CUDA_VISIBLE_DEVICES|DS_ENV_FILE|\w*(TOKEN|PASSWORD|SECRET|KEY)\w*", re.A)
+ENVIRONMENT_FILE = ".deepspeed_env"
+
+
+def exported(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of an environment that ranks on other nodes get, too."""
+    named = {name: value for name, value in environment.items() if EXPORTED.fullmatch(name)}
+    return {name: value for name, value in named.items() if not NOT_EXPORTED.fullmatch(name)}
+
+
+def pdsh_problems() -> list[str]:
+    """Why ranks cannot be started on other nodes from here, whatever those are."""
+    instead = "or start ./fast_train.sh on each node, with NODE_RANK and MASTER_ADDR"
+    problems = [
+        f"{name} is not installed, over which the nodes are started; install it (apt-get install {package}), {instead}"
+        for name, package in (("pdsh", "pdsh"), ("ssh", "openssh-client"))
+        if shutil.which(name) is None
+    ]
+    if shutil.which("pdsh"):
+        version = subprocess.run(["pdsh", "-V"], capture_output=True, text=True).stdout
+        if not re.search(r"rcmd modules:.*\bssh\b", version):
+            problems.append(f"pdsh has no module for ssh; install it (package pdsh-rcmd-ssh), {instead}")
+    for path in (sys.executable, str(PROJECT_DIR)):
+        if re.search(r"[^\w@+=:,./-]", path, re.A):
+            what = "holds characters that a shell on the other nodes takes apart; move it"
+            problems.append(f"the path {path!r} {what}, {instead}")
+    for name, value in exported(os.environ).items():
+        if not value.isprintable():
+            problems.append(f"the variable {name} holds control characters, which do not reach the nodes; unset it")
+    return problems
+
+
+def port_problems(args: ScriptArguments, port: int) -> list[str]:
+    """Why the ranks cannot meet on a port of this machine."""
+    try:
+        listening(port).close()
+        return []
+    except OSError as error:
+        what = f"cannot be used on this machine ({os.strerror(error.errno)})"
+    return [f"{describe('master_port', str(port))}: {what}; name a free one, with NODE_RANK the same on every node"]
+
+
+def ready_nodes(args: ScriptArguments, devices: Devices) -> Devices:
+    """The devices, with the address and port of the first node, once every node is found to be as this one.
+
+    Raises:
+        InputError: listing what each node lacks, one line a node.
+    """
+    problems, port = pdsh_problems(), int(args.master_port or 0)
+    if shutil.which("ssh") is None:
+        raise InputError(*problems)
+    request, names = nodes_request(args, devices.on_gpu), tuple(node.name for node in devices.nodes)
+    if port and (taken := port_problems(args, port)):
+        problems, port = problems + taken, 0
+    answers = ask_nodes(names, json.dumps(request), port)
+    here = look_at_node(request | {"port": 0})
+    for place, (node, (there, why)) in enumerate(zip(devices.nodes, answers, strict=True)):
+        lacks = unlike(node, there, here, devices.on_gpu) if there else [why]
+        if place == 0 and there and there["machine"] != here["machine"]:
+            lacks = ["it is not this machine; start ./fast_train.sh on it, or name this one first"]
+        problems += [f"{variable('gpu_nodes')}: {node.name}: {'; and '.join(lacks)}"] if lacks else []
+    if problems:
+        raise InputError(*problems)
+    second = answers[1][0]
+    return dataclasses.replace(devices, address=second["address"], port=second["port"])
+
+
+MASTER_PORT = 29500  # where each node has its own launcher, none of which can tell the others a free one
+
+
+def meeting_point(args: ScriptArguments, devices: Devices) -> Devices:
+    """The devices with the address and port on which the ranks meet; nodes that are started from here are asked first.
+
+    Raises:
+        InputError: the port is taken, or a node cannot be used.
+    """
+    if devices.nodes and not args.node_rank:
+        return ready_nodes(args, devices)
+    port = int(args.master_port or (MASTER_PORT if devices.nodes else 0))
+    if port and int(args.node_rank or 0) == 0 and (taken := port_problems(args, port)):
+        raise InputError(*taken)
+    return dataclasses.replace(devices, address=args.master_addr, port=port)
+
+
 def problems_of(check: Callable[..., Any], *arguments: Any) -> tuple[Any, list[str]]:
     """What a check returns, and the problems it raises."""
     try:
@@ -6008,9 +6512,14 @@ def check_inputs(
         args.evaluate_only and "policy_model_path" in wrong
     ):  # of which kind it is, is open
         check(lora, read_adapter, args.adapter_path, args.lora_dropout)
-    devices = check(
-        {"gpu_nodes", "cpu_ranks"}, lambda: resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus())
+    rank = args.node_rank or os.environ.get("CROSS_RANK", "")  # where DeepSpeed's launcher has started this process
+    found = check(
+        {"gpu_nodes", "cpu_ranks", "hostfile", "node_rank"},
+        lambda: resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus(), args.hostfile, rank),
     )
+    devices = found
+    if found and args.plan and not args.evaluate_only:
+        devices = check({"master_addr", "master_port"}, meeting_point, args, found)
     if not args.evaluate_only:
         counted = {"gradient_accum_steps", "pairs_per_forward", "max_grad_norm", "precision"}
         problems += check({"ds_config"}, ds_config_problems, args, None if counted & wrong else devices) or []
@@ -6077,6 +6586,7 @@ def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, Da
         "trained": f"{trained}, learning rate {args.peak_learning_rate:g}",
         "devices": f"{devices}, {dtype_name(precision_dtype(args.precision, devices.on_gpu))}{describe_base(args)}",
         "DeepSpeed": describe_zero(args),
+        **describe_nodes(args, devices),
         "reference": f"{describe_reference(args)}; {kept}" if args.adapter_path else kept,
         "output": describe_output(args),
         "TensorBoard": args.log_dir,
@@ -6095,6 +6605,20 @@ def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, Da
         why = f"no part in {args.training_mode} mode" + (", or the adapter's own count" if args.adapter_path else "")
         lines["not used"] = f"{', '.join(map(str.upper, idle))} ({why})"
     return [*lines.items(), *(("notice", notice) for notice in notices)]
+
+
+def describe_nodes(args: ScriptArguments, devices: Devices) -> dict[str, str]:
+    """Which ranks each node has and how they are started and meet, in the plan."""
+    if not devices.nodes:
+        return {}
+    first, shown = 0, []
+    for number, (name, slots) in enumerate(devices.nodes):
+        last = first + len(slots) - 1
+        here = " (this machine)" if number == int(args.node_rank or 0) else ""
+        shown.append(f"{name} rank{f's {first} to' if last > first else ''} {last}{here}")
+        first = last + 1
+    how = "each by its own launcher" if args.node_rank else "over ssh"
+    return {"nodes": f"{', '.join(shown)}; started {how}, meeting at {devices.address}:{devices.port}"}
 
 
 def describe_plan(args: ScriptArguments, devices: Devices, reports: Mapping[str, DataReport]) -> str:
@@ -6202,19 +6726,45 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def in_quotes(value: str) -> str:
+    """A value for DeepSpeed, which puts it between double quotes into a shell command; pdsh replaces %h and the like."""
+    return re.sub(r'([\\"$`])', r"\\\1", value).replace("%", "%%")
+
+
+def exports(environment: Mapping[str, str]) -> list[str]:
+    """Lines NAME=value of the file from which DeepSpeed sets variables on the nodes, those of the user's own file last."""
+    lines = [f"{name}={in_quotes(value)}" for name, value in exported(environment).items()]
+    name = environment.get("DS_ENV_FILE", ENVIRONMENT_FILE)
+    for folder in dict.fromkeys((Path.home(), Path.cwd())):
+        with contextlib.suppress(FileNotFoundError):
+            lines += [
+                line for line in (folder / name).read_text(encoding="utf-8").splitlines() if re.match(r"\w+=", line)
+            ]
+    return lines
+
+
+def nodes_settings(args: ScriptArguments, devices: Devices) -> list[str]:
+    """What the launcher needs beside that for several nodes."""
+    hosts = [f"HOST={node.name} slots={max(node.slots) + 1}" for node in devices.nodes]
+    if args.node_rank:
+        return [*hosts, f"ADDRESS={devices.address}", f"NODE={int(args.node_rank)}"]
+    return [*hosts, f"ADDRESS={devices.address}", *(f"EXPORT={line}" for line in exports(os.environ))]
+
+
 def launch_settings(args: ScriptArguments, devices: Devices) -> str:
     """What the launcher needs to start the ranks, one NAME=value a line."""
     settings = {
         "INCLUDE": devices.include,
-        "MASTER_PORT": free_port(),
+        "MASTER_PORT": devices.port or free_port(),
         "DEVICE": "gpu" if devices.on_gpu else "cpu",
         "OUTPUT": args.output_path,
         "LOGS": args.log_path,
     }
     if not devices.on_gpu:  # DeepSpeed counts LOCAL_SIZE slots on a CPU host
         threads = devices.threads_per_rank
-        settings |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": devices.ranks, "OMP_NUM_THREADS": threads}
-    return "\n".join(f"{name}={value}" for name, value in settings.items())
+        settings |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": devices.ranks_per_node, "OMP_NUM_THREADS": threads}
+    lines = [f"{name}={value}" for name, value in settings.items()]
+    return "\n".join([*lines, *(nodes_settings(args, devices) if devices.nodes else ())])
 
 
 def with_absolute_folders(args: ScriptArguments) -> ScriptArguments:
@@ -6355,6 +6905,9 @@ def list_problems(args: ScriptArguments, lists: Mapping[str, Sequence[Any]]) -> 
             mode = f"{args.training_mode} mode{' with ADAPTER_PATH' if args.adapter_path else ''}"
             what = f"it has no part in {mode}, so these runs would be the same"
             problems.append(f"{where}: {what}; name one value")
+    if args.node_rank:
+        what = "a sweep has one launcher for all nodes; leave it empty, or train the runs one by one"
+        problems.append(f"{describe('node_rank', args.node_rank)}: {what}")
     if (runs := math.prod(map(len, lists.values()))) > MAX_SWEEP_RUNS:
         problems.append(f"the lists make {runs} runs, more than {MAX_SWEEP_RUNS}; shorten them")
     return problems
@@ -6718,6 +7271,8 @@ def train(
     start_time = time.perf_counter()
     if not devices.on_gpu:
         load_cpu_communication()
+        if devices.nodes:
+            use_interface_of(os.environ["MASTER_ADDR"])
     hf_args = training_arguments(args, devices.on_gpu)
     is_main = hf_args.process_index == 0
     with hf_args.main_process_first():
@@ -6734,6 +7289,10 @@ def train(
         model = load_in_memory(args, model_path, devices.on_gpu, hf_args.device)
     weights = weights_digest(model)
     identity = reference_identity(model, weights, hf_args.device)
+    content = {"the base model": weights}
+    if is_main or devices.nodes:
+        content["what the tokenizer makes"] = tokens_digest(p for dataset in datasets.values() for p in dataset.pairs)
+    require_equal_nodes(args, devices, pairs, content)
     policy, soft_prompt, first_scores = build_policy_in_memory(args, model, hf_args.device, start, datasets["train"])
     if args.adapter_path and args.starts_as_reference:
         identity["adapter"] = adapter_identity(policy)
@@ -6741,10 +7300,11 @@ def train(
     used = fitting_settings(args, hf_args, policy, datasets["train"])
     if used.pairs_per_forward < args.pairs_per_forward:
         hf_args = training_arguments(used, devices.on_gpu)  # DeepSpeed's accumulation steps come from it
-    if is_main:
-        tokens = tokens_digest(pair for dataset in datasets.values() for pair in dataset.pairs)
-        content = {"the base model": weights, "what the tokenizer makes": tokens}
-        locks, earlier = take_folders(args, devices, pairs, content)
+    checkpoint_path = newest_checkpoint(args.output_path) if args.resume else None
+    if devices.nodes:
+        checkpoint_path = agree_on_files(args, devices, hf_args)
+    if hf_args.should_save:  # rank 0, and where nodes have disks of their own the first of each
+        locks, earlier = take_folders(args, devices, pairs, content, is_main)
     trainer = PreferenceGuidedDPOTrainer(
         policy, hf_args, used, datasets["train"], datasets["test"], tokenizer, first_scores, soft_prompt
     )
@@ -6752,19 +7312,141 @@ def train(
     trainer.add_callback(TagCallback(args.log_path, hyperparameters(args), args.not_used))
     trainer.add_callback(MetricsFileCallback(args.output_path))
     trainer.add_callback(LossProgressCallback)
-    train_from(trainer, newest_checkpoint(args.output_path) if args.resume else None)
+    train_from(trainer, checkpoint_path)
     if trainer.is_divided:
         put_together(trainer, model_path, weights)
     if is_main:
         with writing(args.output_path, args.output_path):
             save_run(trainer, args.output_path, reports)
+    trainer.accelerator.wait_for_everyone()
+    if hf_args.should_save:
+        if not is_main:
+            close_part(args, devices)
         if args.overwrite and earlier is not None:
             remove_run(earlier)
-        print_result(trainer, time.perf_counter() - start_time)
+        if is_main:
+            print_result(trainer, time.perf_counter() - start_time)
         for lock in locks:
             lock.close()
-    trainer.accelerator.wait_for_everyone()
+    if hf_args.local_process_index == 0 and (file := os.environ.get(FINISHED_FILE)):
+        Path(file).touch()
     trainer.end()
+
+
+# Variable by which a node's launcher, whose disk need not have the model card, names a file that proves the end.
+FINISHED_FILE = "PREFERENCE_DPO_FINISHED"
+PART_OF_RUN = """# A node's part of a run
+
+{node} has kept its part of the checkpoints of a run of several nodes here. The trained model is on {first}, in the
+OUTPUT_DIR that was named there.
+"""
+
+
+def this_node(devices: Devices) -> str:
+    """The name of the node on which DeepSpeed's launcher has started this rank."""
+    return devices.nodes[int(os.environ["CROSS_RANK"])].name
+
+
+def of_every_rank(value: Any) -> list[Any]:
+    """What each rank passes, by rank."""
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def require_equal_nodes(
+    args: ScriptArguments, devices: Devices, pairs: Mapping[str, Sequence[Pair]], content: Mapping[str, str]
+) -> None:
+    """Raises InputError, on every rank alike, where nodes have not the same settings, data, model and program.
+
+    Args:
+        content: digests of what is known only now.
+    """
+    if not devices.nodes:
+        return
+    own = (*PATHS, *OF_NODES, *LAUNCHERS_OWN)  # may be another on each node
+    settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in own}
+    content = recorded_settings(args, devices, pairs)["content"] | content
+    for what, path in (("the program", Path(__file__)), ("the file of DS_CONFIG", args.ds_config_path)):
+        content[what] = hashlib.sha256(path.read_bytes()).hexdigest()
+    content |= {f"the version of {name}": importlib.metadata.version(name) for name in PACKAGES}
+    everyone = of_every_rank((this_node(devices), settings, content))
+    first, *expected = everyone[0]
+    problems = {}  # each once, in order
+    for node, *theirs in everyone:
+        for name in settings:
+            if theirs[0][name] != (value := expected[0][name]):
+                what = f"is {shortened(repr(theirs[0][name]))} on {node} and {shortened(repr(value))} on {first}"
+                problems[f"{variable(name)} {what}; set it to the same on every node"] = None
+        for what in expected[1] | theirs[1]:
+            if theirs[1].get(what) != expected[1].get(what):
+                problems[f"{what} is not the same on {node} as on {first}; copy it from one to the other"] = None
+    if problems:
+        raise InputError(*problems)
+
+
+def is_one_folder(folder: Path, devices: Devices, is_first: bool) -> bool:
+    """Whether the folder is the same on every node, or another on each.
+
+    Args:
+        is_first: whether this rank is the first of its node.
+
+    Raises:
+        InputError: some nodes share it and others do not.
+        RankError: it cannot be written.
+    """
+    run = of_every_rank(uuid.uuid4().hex)[0]
+    files = {node.name: folder / f".{run}.{number}" for number, node in enumerate(devices.nodes)}
+    mine = files[this_node(devices)]
+    if is_first:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            mine.touch()
+    torch.distributed.barrier()
+    seen = dict(of_every_rank((this_node(devices), [name for name, file in files.items() if file.exists()])))
+    if is_first:
+        mine.unlink()
+    if (shared := shared_by_all(seen)) is None:
+        groups = " and of ".join(dict.fromkeys(", ".join(names) for names in seen.values()))
+        what = f"is one folder of {groups}; name one that all share, or that none shares with another"
+        raise InputError(f"{describe('output_dir', str(folder))}: {what}")
+    return shared
+
+
+def shared_by_all(seen: Mapping[str, Sequence[str]]) -> bool | None:
+    """Whether all nodes share a folder (True), or none with another (False); None where only some do.
+
+    Args:
+        seen: node → the nodes that have the same folder, itself included.
+    """
+    if all(len(names) == len(seen) for names in seen.values()):
+        return True
+    return False if all(len(names) == 1 for names in seen.values()) else None
+
+
+def agree_on_files(args: ScriptArguments, devices: Devices, hf_args: TrainingArguments) -> Path | None:
+    """Sets what depends on whether the nodes share the output folder; gives the newest checkpoint complete on all."""
+    if not is_one_folder(args.output_path, devices, hf_args.local_process_index == 0):
+        hf_args.save_on_each_node = True
+        hf_args.hf_deepspeed_config.config.setdefault("checkpoint", {})["use_node_local_storage"] = True
+    if not args.resume:
+        return None
+    complete = [path for path in checkpoints(args.output_path) if is_complete(path, read=True)]
+    everywhere = set.intersection(*map(set, of_every_rank([path.name for path in complete])))
+    newest = next((path for path in reversed(complete) if path.name in everywhere), None)
+    hf_args.eval_on_start = newest is None
+    return newest
+
+
+def close_part(args: ScriptArguments, devices: Devices) -> None:
+    """Leaves a finished run in the output folder of a node that has kept only its part of the checkpoints.
+
+    Raises:
+        RankError: it cannot be written.
+    """
+    text = PART_OF_RUN.format(node=this_node(devices), first=devices.nodes[0].name)
+    with writing(args.output_path):
+        write_text(args.output_path / MODEL_CARD, text)
 
 
 def tokenize_datasets(
@@ -6791,12 +7473,17 @@ def tokenize_datasets(
 
 
 def take_folders(
-    args: ScriptArguments, devices: Devices, pairs: Mapping[str, Sequence[Pair]], content: Mapping[str, str]
+    args: ScriptArguments,
+    devices: Devices,
+    pairs: Mapping[str, Sequence[Pair]],
+    content: Mapping[str, str],
+    logs: bool = True,
 ) -> tuple[list[Any], Path | None]:
     """Makes the output and the log folder this run's: its locks, and where an earlier run's folder went.
 
     Args:
         content: digests of what a resumed run must share and only now is known.
+        logs: whether this rank writes to the log folder.
 
     Raises:
         InputError: another run has them, or the run in them was made with other settings.
@@ -6805,7 +7492,8 @@ def take_folders(
     settings = recorded_settings(args, devices, pairs)  # reads the soft prompt, before anything is moved
     settings["content"] |= content
     with writing(args.output_path):
-        locks = [lock_folder("output_dir", args.output_path), lock_folder("log_dir", args.log_path)]
+        folders = {"output_dir": args.output_path} | ({"log_dir": args.log_path} if logs else {})
+        locks = [lock_folder(name, folder) for name, folder in folders.items()]
         run, earlier = uuid.uuid4().hex, None
         if args.resume:
             require_same_settings(args, settings)
@@ -6813,7 +7501,8 @@ def take_folders(
         else:
             earlier = make_way(args)
         write_json(args.output_path / RUN_SETTINGS, settings | {"run": run})
-        make_way_for_events(args.log_path, run)
+        if logs:
+            make_way_for_events(args.log_path, run)
     return locks, earlier
 
 
@@ -6932,7 +7621,8 @@ def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
         *(*LAUNCHERS_OWN, "preset", "output_dir", "log_dir", "reference_cache", "resume", "overwrite", "eval_steps"),
         *("evaluate_only", "evaluation_file"),
     }
-    left_out = undecided | elsewhere | {"gpu_nodes", "cpu_ranks", "zero_stage", "offload", "ds_config"}
+    devices = {"gpu_nodes", "cpu_ranks", "zero_stage", "offload", "ds_config", *OF_NODES}
+    left_out = undecided | elsewhere | devices
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
 
 
@@ -7020,6 +7710,34 @@ def print_result(trainer: PreferenceGuidedDPOTrainer, seconds: float) -> None:
     print("what was saved was opened again and equals what was trained", flush=True)
 
 
+ENCODED = "--encoded="  # followed by working folder and flags: DeepSpeed and pdsh would take some of them apart
+
+
+def launched_over_ssh(argv: Sequence[str]) -> Sequence[str]:
+    """The flags; where the launcher has encoded them, the rank goes to its working folder and ends with the launcher.
+
+    Raises:
+        InputError: there is no such folder on this machine.
+    """
+    if len(argv) != 1 or not argv[0].startswith(ENCODED):
+        return argv
+    words = gzip.decompress(base64.b64decode(argv[0].removeprefix(ENCODED))).decode("utf-8", "surrogateescape")
+    folder, *flags = words.split("\0")[:-1]
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise InputError(f"the working folder {folder} cannot be entered on this node ({error.strerror})") from None
+    if stat.S_ISFIFO(mode := os.fstat(0).st_mode) or stat.S_ISSOCK(mode):
+        threading.Thread(target=end_with_input, daemon=True).start()
+    return flags
+
+
+def end_with_input() -> None:
+    """Ends this rank when its input ends, into which nobody writes: ssh, by which the launcher holds it, is gone."""
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def program() -> None:
     """`main` as a program: what the user can mend is one message, with exit status 2 before a run began, else 1."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no library runs code that a tensor file asks for
@@ -7027,11 +7745,11 @@ def program() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed finds it by trying, and warns
     try:
-        main()
+        main(launched_over_ssh(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
     except (InputError, RunError, SelfCheckError, NotImplementedError) as error:
-        speaks = os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ  # most hold for all ranks alike
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # most hold for all ranks alike; each node says it once
         if speaks or isinstance(error, RankError):
             print(f"error:\n{error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, InputError) else 1)

@@ -42,7 +42,7 @@ DEFAULTS = {
 }
 # design §3: variables whose default the design leaves open
 OPEN = """preference_text pairs_per_forward seed eval_steps loss_type label_smoothing prompt_init gradient_checkpointing
-precision zero_stage offload ds_config hostfile node_rank master_addr cpu_ranks load_in_4bit adapter_path preset
+precision zero_stage offload ds_config hostfile node_rank master_addr master_port cpu_ranks load_in_4bit adapter_path preset
 ptuning_learning_rate reference_cache adapter_reference test_share data_format"""
 
 # field → (values just inside, values just outside)
@@ -68,6 +68,9 @@ BORDERS = {
     "seed": (("0", str(2**32 - 1)), ("-1", str(2**32))),
     "eval_steps": (("0", "1"), ("-1",)),
     "cpu_ranks": (("1", str(CORES)), ("0", "-1", str(CORES + 1))),
+    "node_rank": (("", "0", "1"), ("-1", "1.0", "first", "²")),
+    "master_addr": (("", "10.0.0.1", "node-1.lan", "2001:db8::1"), ("10.0.0.1 ", "node1;", "ｎ1")),
+    "master_port": (("", "1024", "65535"), ("1023", "65536", "-1", "x", "²⁹⁵⁰⁰")),
     "output_dir": (("x",), ("", " ")),
     "log_dir": (("x",), ("", " ")),
     "preference_text": (("", "a\nb", "简短"), ("\udcff", "\ue000")),
@@ -92,9 +95,6 @@ ONLY = {
     "adapter_reference": (("", "base", "adapter"), ("policy", "Base"), "'base' or 'adapter'"),
     "zero_stage": (("", "0", "1", "2", "3"), ("4", "two", "2.0"), "'' or '0' or '1' or '2' or '3'"),
     "offload": (("", "optimizer", "parameters", "both"), ("cpu", "param"), "'' or 'optimizer' or 'parameters' or 'both'"),
-    "hostfile": (("",), ("hosts",), "''"),
-    "node_rank": (("",), ("0", "1"), "''"),
-    "master_addr": (("",), ("node1",), "''"),
     "preset": (
         ("", "conservative", "balanced", "aggressive"),
         ("gentle", "Balanced"),
@@ -138,6 +138,8 @@ WRONG_TYPE = {
 # field or value → what else must be set for it to be accepted
 NEEDED = {"embedding": ["--prompt_embedding_path=soft.pt"], "label_smoothing": ["--loss_type=robust"]}
 NEEDED |= dict.fromkeys(("base", "adapter"), ["--adapter_path=adapter"])
+NEEDED |= {"master_addr": ["--gpu_nodes=node1:0,node2:0"]}
+NEEDED |= {"node_rank": ["--gpu_nodes=node1:0,node2:0", "--master_addr=10.0.0.1"]}
 
 
 def problems(*argv: str) -> list[str]:

@@ -266,13 +266,44 @@ FLAGS = {
         ZERO_STAGE="4",
         OFFLOAD="cpu",
     ),
-    "several nodes": case(
-        "HOSTFILE (--hostfile) is 'hosts': training on several nodes is not available in this version; set it to ''",
-        "NODE_RANK (--node_rank) is '0': training on several nodes is not available in this version; set it to ''",
-        "MASTER_ADDR (--master_addr) is 'n1': training on several nodes is not available in this version; set it to ''",
-        HOSTFILE="hosts",
+    "one node's settings without nodes": case(
+        "NODE_RANK (--node_rank) is '0', but GPU_NODES names no nodes: name them all, node1:0,1,node2:0,1, or empty it",
+        "MASTER_ADDR (--master_addr) is 'n1', but GPU_NODES names no nodes: name them all, …",
+        "MASTER_PORT (--master_port) is '80': must be 1024 to 65535, a port of the first node, or empty",
         NODE_RANK="0",
         MASTER_ADDR="n1",
+        MASTER_PORT="80",
+    ),
+    "a node without the first one's address": case(
+        "NODE_RANK (--node_rank) is '1', but MASTER_ADDR is empty: name the first node's address, the same on every node",
+        "CPU_RANKS (--cpu_ranks) is 2: the ranks of several nodes are those that GPU_NODES names; set it to 1",
+        GPU_NODES="node1:0,node2:0",
+        NODE_RANK="1",
+        CPU_RANKS="2",
+    ),
+    "a node that is not there": case(
+        "NODE_RANK (--node_rank) is '2': there is no such node; set it to 0 for node1, 1 for node2",
+        GPU_NODES="node1:0,node2:0",
+        NODE_RANK="2",
+        MASTER_ADDR="10.0.0.1",
+    ),
+    "a hostfile that is no hostfile": case(
+        "HOSTFILE (--hostfile) is 'hosts': line 2, 'node2 slots=two', is not of the form node1 slots=2; mend it",
+        "HOSTFILE (--hostfile) is 'hosts': line 4, 'node1 slots=1', names node1 again; mend it",
+        files={"hosts": "node1 slots=2  # the first\nnode2 slots=two\n\nnode1 slots=1\n"},
+        HOSTFILE="hosts",
+        NODE_RANK="0",
+        MASTER_ADDR="10.0.0.1",
+    ),
+    "nodes that the hostfile lacks": case(
+        "GPU_NODES (--gpu_nodes) is 'node1:0,2,node3:0': HOSTFILE 'hosts' gives node1 2 slots, counted from 0, so that it "
+        "has no 2; raise slots or leave it out",
+        "GPU_NODES (--gpu_nodes) is 'node1:0,2,node3:0': HOSTFILE 'hosts' has no node3, only node1, node2; …",
+        files={"hosts": "node1 slots=2\nnode2 slots=2\n"},
+        GPU_NODES="node1:0,2,node3:0",
+        HOSTFILE="hosts",
+        NODE_RANK="0",
+        MASTER_ADDR="10.0.0.1",
     ),
     "preference that is no UTF-8": case(
         r"PREFERENCE_TEXT (--preference_text) is 'Sei h\udcf6flich.': must be text in UTF-8, …",
@@ -736,7 +767,9 @@ DEVICES = {
     "machine without its GPUs": gpus("localhost:", GPU_FORM),
     "comma without a GPU": gpus("localhost:0,", GPU_FORM),
     "GPU below 0": gpus("localhost:-1", GPU_FORM),
-    "GPUs of other machines": gpus("node1:0,1,node2:0,1", GPU_FORM),
+    "GPUs of another machine": case(
+        "GPU_NODES (--gpu_nodes) is 'node1:0,1': node1:0,1 is one node only; …", GPU_NODES="node1:0,1"
+    ),
     "GPU that is not there": gpus("localhost:7", "there is no GPU 7"),
     "GPU twice": gpus("localhost:0,0", "there is no GPU 0"),
     "no ranks": case("CPU_RANKS (--cpu_ranks) is 0: must be 1 to …, the cores that there are", CPU_RANKS="0"),

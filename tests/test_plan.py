@@ -56,10 +56,9 @@ WRONG_DEVICES = {  # GPU_NODES, GPUs here → what the error says
     "white space": ("localhost:0, 1", [0, 1], "must be auto or localhost:0,1"),
     "negative": ("localhost:-1", [0], "must be auto or localhost:0,1"),
     "a range": ("localhost:0-3", [0, 1, 2, 3], "must be auto or localhost:0,1"),
-    "another host": ("node1:0,1", [0, 1], "must be auto or localhost:0,1"),
-    "two hosts": ("node1:0,1,node2:0,1", [0, 1], "must be auto or localhost:0,1"),
-    "this host and another": ("localhost:0,node2:0", [0, 1], "must be auto or localhost:0,1"),
-    "DeepSpeed's form": ("localhost:0@node2:0", [0, 1], "must be auto or localhost:0,1"),
+    "another host": ("node1:0,1", [0, 1], "node1:0,1 is one node only; for this machine's GPUs say localhost:0,1"),
+    "this host and another": ("localhost:0,node2:0", [0, 1], "localhost is another machine on every node"),
+    "DeepSpeed's form": ("node1:0@node2:0", [0, 1], "several nodes with their GPU numbers: node1:0,1,node2:0,1; "),
 }
 
 
