@@ -4576,11 +4576,12 @@ def require_finite(trainer: PreferenceGuidedDPOTrainer, logs: Mapping[str, Any])
         share = range(trainer.args.process_index, len(dataset), trainer.args.world_size)
         suspects = trainer.update_indices if split == "train" else share
         broken = broken_pairs(trainer, dataset, suspects)
+        precision = ", or set PRECISION=bf16 or fp32" if trainer.args.fp16 else ""
         cause = f"it comes from {places_of(dataset.pairs[index].source for index in broken)}"
         raise RunError(
             f"update {trainer.state.global_step}: {', '.join(f'{name} is {logs[name]}' for name in bad)}; "
             f"{cause if broken else 'no pair alone gives it'}. Look at the pairs, or lower LEARNING_RATE and start "
-            f"anew{', or set PRECISION=bf16 or fp32' if trainer.args.fp16 else ''}; the last good checkpoint is {newest_checkpoint(trainer.settings.output_path)}"
+            f"anew{precision}; the last good checkpoint is {newest_checkpoint(trainer.settings.output_path)}"
         )
 
 
@@ -4845,9 +4846,10 @@ def require_memory(trainer: PreferenceGuidedDPOTrainer) -> None:
 def memory_problem(args: ScriptArguments, what: str, device: torch.device, model_alone: bool = False) -> str:
     """What to change when something does not fit, largest effect first, with the present values.
 
-    Kept activations fill the memory: recomputed they are about a twentieth; in half precision half, and the weights too;
-    in 4 bits those are a quarter of that; activations grow with the length; adapted modules keep their input, and which of it dropout takes. The rank matters least, and
-    the prefix only where it is trained: elsewhere its pass keeps no activations.
+    Kept activations fill the memory: recomputed they are about a twentieth; in half precision half, and the weights too,
+    which in 4 bits are a quarter of that; activations grow with the length; adapted modules keep their input, and which
+    of it dropout takes. The rank matters least, and the prefix only where it is trained: elsewhere its pass keeps no
+    activations.
     """
     on_gpu, lora = device.type == "cuda", not args.trains_prefix
     halved = on_gpu and precision_dtype(args.precision, on_gpu) == torch.float32
