@@ -5914,17 +5914,15 @@ def describe_adapter(args: ScriptArguments) -> str:
 
 
 def describe_zero(args: ScriptArguments) -> str:
-    """What DeepSpeed divides among the ranks and keeps in CPU memory, in the plan."""
+    """What DeepSpeed divides among the ranks, and what it keeps elsewhere than on their GPUs, in the plan."""
     zero = zero_of(args)
-    divided = (
-        "nothing divided",
-        "AdamW's state divided",
-        "gradients and AdamW's state divided",
-        "the model divided, too",
-    )
+    divided = ("nothing", "AdamW's state", "gradients and AdamW's state", "model, gradients and AdamW's state")
     kept = {"offload_optimizer": "AdamW's state", "offload_param": "the model"}
-    places = [f"; {what} on {device_of(zero, part)}" for part, what in kept.items() if device_of(zero, part) != "none"]
-    return f"ZeRO-{zero['stage']}: {divided[zero['stage']]}{''.join(places)}"
+    places = {"cpu": "in CPU memory", "nvme": "on NVMe"}
+    elsewhere = [
+        f"; {what} {places[device_of(zero, part)]}" for part, what in kept.items() if device_of(zero, part) in places
+    ]
+    return f"ZeRO-{zero['stage']} divides {divided[zero['stage']]} among the ranks{''.join(elsewhere)}"
 
 
 def describe_prefix(args: ScriptArguments) -> str:

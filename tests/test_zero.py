@@ -428,10 +428,15 @@ def test_bf16_in_the_configuration_must_be_what_precision_is(tmp_path):
 
 
 PLANNED = {
-    (): "ZeRO-2: gradients and AdamW's state divided",
-    ("--zero_stage=0",): "ZeRO-0: nothing divided",
-    ("--zero_stage=1", "--offload=optimizer"): "ZeRO-1: AdamW's state divided; AdamW's state on cpu",
-    ("--zero_stage=3", "--offload=both"): "ZeRO-3: the model divided, too; AdamW's state on cpu; the model on cpu",
+    (): "ZeRO-2 divides gradients and AdamW's state among the ranks",
+    ("--zero_stage=0",): "ZeRO-0 divides nothing among the ranks",
+    ("--zero_stage=1", "--offload=optimizer"): (
+        "ZeRO-1 divides AdamW's state among the ranks; AdamW's state in CPU memory"
+    ),
+    ("--zero_stage=3", "--offload=both"): (
+        "ZeRO-3 divides model, gradients and AdamW's state among the ranks; AdamW's state in CPU memory; the model in "
+        "CPU memory"
+    ),
 }
 
 
