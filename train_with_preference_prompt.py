@@ -6757,6 +6757,15 @@ def print_result(trainer: PreferenceGuidedDPOTrainer, seconds: float) -> None:
     print("what was saved was opened again and equals what was trained", flush=True)
 
 
+def has_lost_a_rank(error: RuntimeError) -> bool:
+    """Whether an exchange with another rank failed, because that has ended or does not answer."""
+    of_gloo = "gloo" in str(error) and re.search("[Cc]onnection|[Tt]imed out|Broken pipe", str(error))
+    return bool(of_gloo) or isinstance(error, torch.distributed.DistError)
+
+
+RANK_0_FIRST = 3  # seconds that another rank waits with what rank 0 may have found, too; the launcher then ends it
+
+
 def program() -> None:
     """`main` as a program: what the user can mend is one message, with exit status 2 before a run began, else 1."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no library runs code that a tensor file asks for
@@ -6770,8 +6779,16 @@ def program() -> None:
     except (InputError, RunError, SelfCheckError, NotImplementedError) as error:
         speaks = os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ  # most hold for all ranks alike
         if speaks or isinstance(error, RankError):
+            time.sleep(0 if speaks else RANK_0_FIRST)
             print(f"error:\n{error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except RuntimeError as error:
+        if not has_lost_a_rank(error):
+            raise
+        reason = shortened(str(error).splitlines()[0])
+        what = f"rank {os.environ.get('RANK', '0')} has lost another one, whose message says why"
+        print(f"{what}, unless it was killed: {reason}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
