@@ -3901,10 +3901,7 @@ class LossProgressCallback(ProgressCallback):
 # ======================================================================================================================
 
 NEVER = 2**31  # "every so many updates" that never come
-RANK_TIMEOUT = (
-    2 * 3600
-)  # seconds that ranks wait for another: rank 0 alone tokenises and, at the end, saves and verifies
-
+RANK_TIMEOUT = 2 * 3600  # seconds that ranks wait while rank 0 alone tokenises or, at the end, saves and verifies
 
 # Parts of a DeepSpeed configuration that say in numbers what the arguments say.
 BATCH_PARTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -4312,12 +4309,12 @@ def fill_reference_logps(
 
 
 def in_step(trainer: PreferenceGuidedDPOTrainer, indices: Iterable[int]) -> list[int]:
-    """Places in a data set, as many on every rank, as ZeRO-3 needs it to compute; the first place is the filler."""
+    """Places in a data set, as many on every rank, as ZeRO-3 needs it to compute; the first one is the filler."""
     own, most = list(indices), torch.zeros((), dtype=torch.long, device=trainer.args.device)
     most += len(own)
     if trainer.args.world_size > 1:
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return own + [0] * (int(most) - len(own))
+    return own + (own or [0])[:1] * (int(most) - len(own))
 
 
 def broken_pairs(trainer: PreferenceGuidedDPOTrainer, dataset: PairDataset, indices: Iterable[int]) -> list[int]:
@@ -6491,6 +6488,9 @@ def train(
     if args.adapter_path and args.starts_as_reference:
         identity["adapter"] = adapter_identity(policy)
     cache = ReferenceCache(args.reference_cache_path, identity, weights_digest(soft_prompt) if soft_prompt else "")
+    if hf_args.hf_deepspeed_config.is_zero3():  # whose engine takes no other dtype; those of other stages do the same
+        for parameter in filter(lambda parameter: parameter.requires_grad, policy.parameters()):
+            parameter.data = parameter.data.to(model.dtype)
     used = fitting_settings(args, hf_args, policy, datasets["train"])
     if used.pairs_per_forward < args.pairs_per_forward:
         hf_args = training_arguments(used, devices.on_gpu)  # DeepSpeed's accumulation steps come from it
@@ -6639,10 +6639,7 @@ def build_policy(
     policy, start_logps = add_adapter(model, args), base_logps
     if args.adapter_path:
         start_logps = {condition: teacher_logps(policy, row) for condition, row in rows.items()}
-    if any(map(is_divided, model.parameters())):  # a module's weights are whole in its own call alone: as PEFT has them
-        for parameter in policy.parameters():
-            parameter.data = parameter.data.to(model.dtype)  # the engine takes no other
-    else:
+    if not any(map(is_divided, model.parameters())):  # those are whole in their own module's call alone, as PEFT has it
         speed_up_adapter(policy, args.gradient_checkpointing)
     return policy, soft_prompt, FirstScores(base_logps, start_logps)
 

@@ -194,15 +194,20 @@ def test_zero_3_continues_an_adapter(reference, alone, variables, zero, tmp_path
 
 @pytest.mark.slow
 @ranked
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_half_precision(stage, alone, variables, zero, tmp_path):
-    """Plain DPO with an evaluation and a checkpoint after every update: ZeRO-3 fetches ahead what is then not needed."""
+@pytest.mark.parametrize("stage", ["1", "3"])
+@pytest.mark.parametrize("mode", ["text", "ptuning"])
+def test_half_precision_gives_the_same_at_every_stage(stage, mode, variables, zero, tmp_path):
+    """Text mode as plain DPO: after an evaluation, ZeRO-3 has fetched ahead what is then not needed."""
     halved = {"PRECISION": "bf16", "ALPHA": "0", "NUM_EPOCHS": "2", "LEARNING_RATE": "0.0001"}
-    both_finished({**variables("text", 2), **halved, **zero(stage)}, tmp_path)
-    start, exact = (series(cwd, "loss_components/dpo_loss_eval")[0] for cwd in (tmp_path, alone("text")))
-    assert start == pytest.approx(exact, rel=0.1)
-    merged = torch.load(output_of(tmp_path) / T.MERGED_WEIGHTS, weights_only=True)
-    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    losses = []
+    for of_stage in (zero(stage), zero("2")):
+        cwd = tmp_path / of_stage["ZERO_STAGE"]
+        cwd.mkdir()
+        both_finished({**variables(mode, 2), **(halved if mode == "text" else {"PRECISION": "bf16"}), **of_stage}, cwd)
+        losses.append(series(cwd, "loss/train") + series(cwd, "loss/eval"))
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    merged = torch.load(output_of(cwd) / T.MERGED_WEIGHTS, weights_only=True) if mode == "text" else {}
+    assert all(tensor.dtype == torch.bfloat16 for tensor in merged.values())
 
 
 # --- resuming
