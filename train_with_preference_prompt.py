@@ -4088,10 +4088,7 @@ class LossProgressCallback(ProgressCallback):
 # ======================================================================================================================
 
 NEVER = 2**31  # "every so many updates" that never come
-RANK_TIMEOUT = (
-    2 * 3600
-)  # seconds that ranks wait for another: rank 0 alone tokenises and, at the end, saves and verifies
-
+RANK_TIMEOUT = 2 * 3600  # seconds that ranks wait while rank 0 alone tokenises or, at the end, saves and verifies
 
 # Parts of a DeepSpeed configuration that say in numbers what the arguments say.
 BATCH_PARTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -4533,12 +4530,12 @@ def fill_reference_logps(
 
 
 def in_step(trainer: PreferenceGuidedDPOTrainer, indices: Iterable[int]) -> list[int]:
-    """Places in a data set, as many on every rank, as ZeRO-3 needs it to compute; the first place is the filler."""
+    """Places in a data set, as many on every rank, as ZeRO-3 needs it to compute; the first one is the filler."""
     own, most = list(indices), torch.zeros((), dtype=torch.long, device=trainer.args.device)
     most += len(own)
     if trainer.args.world_size > 1:
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return own + [0] * (int(most) - len(own))
+    return own + (own or [0])[:1] * (int(most) - len(own))
 
 
 def broken_pairs(trainer: PreferenceGuidedDPOTrainer, dataset: PairDataset, indices: Iterable[int]) -> list[int]:
@@ -6684,17 +6681,15 @@ def describe_adapter(args: ScriptArguments) -> str:
 
 
 def describe_zero(args: ScriptArguments) -> str:
-    """What DeepSpeed divides among the ranks and keeps in CPU memory, in the plan."""
+    """What DeepSpeed divides among the ranks, and what it keeps elsewhere than on their GPUs, in the plan."""
     zero = zero_of(args)
-    divided = (
-        "nothing divided",
-        "AdamW's state divided",
-        "gradients and AdamW's state divided",
-        "the model divided, too",
-    )
+    divided = ("nothing", "AdamW's state", "gradients and AdamW's state", "model, gradients and AdamW's state")
     kept = {"offload_optimizer": "AdamW's state", "offload_param": "the model"}
-    places = [f"; {what} on {device_of(zero, part)}" for part, what in kept.items() if device_of(zero, part) != "none"]
-    return f"ZeRO-{zero['stage']}: {divided[zero['stage']]}{''.join(places)}"
+    places = {"cpu": "in CPU memory", "nvme": "on NVMe"}
+    elsewhere = [
+        f"; {what} {places[device_of(zero, part)]}" for part, what in kept.items() if device_of(zero, part) in places
+    ]
+    return f"ZeRO-{zero['stage']} divides {divided[zero['stage']]} among the ranks{''.join(elsewhere)}"
 
 
 def describe_prefix(args: ScriptArguments) -> str:
@@ -7299,6 +7294,9 @@ def train(
     if args.adapter_path and args.starts_as_reference:
         identity["adapter"] = adapter_identity(policy)
     cache = ReferenceCache(args.reference_cache_path, identity, weights_digest(soft_prompt) if soft_prompt else "")
+    if hf_args.hf_deepspeed_config.is_zero3():  # whose engine takes no other dtype; those of other stages do the same
+        for parameter in filter(lambda parameter: parameter.requires_grad, policy.parameters()):
+            parameter.data = parameter.data.to(model.dtype)
     used = fitting_settings(args, hf_args, policy, datasets["train"])
     if used.pairs_per_forward < args.pairs_per_forward:
         hf_args = training_arguments(used, devices.on_gpu)  # DeepSpeed's accumulation steps come from it
@@ -7577,10 +7575,7 @@ def build_policy(
     policy, start_logps = add_adapter(model, args), base_logps
     if args.adapter_path:
         start_logps = {condition: teacher_logps(policy, row) for condition, row in rows.items()}
-    if any(map(is_divided, model.parameters())):  # a module's weights are whole in its own call alone: as PEFT has them
-        for parameter in policy.parameters():
-            parameter.data = parameter.data.to(model.dtype)  # the engine takes no other
-    else:
+    if not any(map(is_divided, model.parameters())):  # those are whole in their own module's call alone, as PEFT has it
         speed_up_adapter(policy, args.gradient_checkpointing)
     return policy, soft_prompt, FirstScores(base_logps, start_logps)
 
@@ -7740,6 +7735,15 @@ def end_with_input() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def has_lost_a_rank(error: RuntimeError) -> bool:
+    """Whether an exchange with another rank failed, because that has ended or does not answer."""
+    of_gloo = "gloo" in str(error) and re.search("[Cc]onnection|[Tt]imed out|Broken pipe", str(error))
+    return bool(of_gloo) or isinstance(error, torch.distributed.DistError)
+
+
+RANK_0_FIRST = 3  # seconds that another rank waits with what rank 0 may have found, too; the launcher then ends it
+
+
 def program() -> None:
     """`main` as a program: what the user can mend is one message, with exit status 2 before a run began, else 1."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no library runs code that a tensor file asks for
@@ -7753,8 +7757,16 @@ def program() -> None:
     except (InputError, RunError, SelfCheckError, NotImplementedError) as error:
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # most hold for all ranks alike; each node says it once
         if speaks or isinstance(error, RankError):
+            time.sleep(0 if speaks else RANK_0_FIRST)
             print(f"error:\n{error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except RuntimeError as error:
+        if not has_lost_a_rank(error):
+            raise
+        reason = shortened(str(error).splitlines()[0])
+        what = f"rank {os.environ.get('RANK', '0')} has lost another one, whose message says why"
+        print(f"{what}, unless it was killed: {reason}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ test_soft_prompt).
 
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,15 +194,20 @@ def test_zero_3_continues_an_adapter(reference, alone, variables, zero, tmp_path
 
 @pytest.mark.slow
 @ranked
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_half_precision(stage, alone, variables, zero, tmp_path):
-    """Plain DPO with an evaluation and a checkpoint after every update: ZeRO-3 fetches ahead what is then not needed."""
+@pytest.mark.parametrize("stage", ["1", "3"])
+@pytest.mark.parametrize("mode", ["text", "ptuning"])
+def test_half_precision_gives_the_same_at_every_stage(stage, mode, variables, zero, tmp_path):
+    """Text mode as plain DPO: after an evaluation, ZeRO-3 has fetched ahead what is then not needed."""
     halved = {"PRECISION": "bf16", "ALPHA": "0", "NUM_EPOCHS": "2", "LEARNING_RATE": "0.0001"}
-    both_finished({**variables("text", 2), **halved, **zero(stage)}, tmp_path)
-    start, exact = (series(cwd, "loss_components/dpo_loss_eval")[0] for cwd in (tmp_path, alone("text")))
-    assert start == pytest.approx(exact, rel=0.1)
-    merged = torch.load(output_of(tmp_path) / T.MERGED_WEIGHTS, weights_only=True)
-    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    losses = []
+    for of_stage in (zero(stage), zero("2")):
+        cwd = tmp_path / of_stage["ZERO_STAGE"]
+        cwd.mkdir()
+        both_finished({**variables(mode, 2), **(halved if mode == "text" else {"PRECISION": "bf16"}), **of_stage}, cwd)
+        losses.append(series(cwd, "loss/train") + series(cwd, "loss/eval"))
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    merged = torch.load(output_of(cwd) / T.MERGED_WEIGHTS, weights_only=True) if mode == "text" else {}
+    assert all(tensor.dtype == torch.bfloat16 for tensor in merged.values())
 
 
 # --- resuming
@@ -292,6 +300,51 @@ def test_rank_0_alone_writes(variables, tmp_path):
     written = {path.name for path in folders[1].rglob("*") if path.is_file()}
     assert written == {"zero_pp_rank_1_mp_rank_00_optim_states.pt", "rng_state_1.pth"}
     assert (output_of(folders[0]) / T.MODEL_CARD).exists()
+
+
+FAILS = """
+score = T.PreferenceGuidedDPOTrainer.score
+def failing(self, model, batch, guided):
+    if os.environ["RANK"] == "1" and self.state.global_step == 1 and self.model.training:
+        raise {error}
+    return score(self, model, batch, guided)
+import os
+T.PreferenceGuidedDPOTrainer.score = failing
+"""
+OF_ONE_RANK = {"an error of ours": ('T.RankError("it is broken")', 0), "any other": ('RuntimeError("it is broken")', 1)}
+
+
+@ranked
+@pytest.mark.parametrize("kind", OF_ONE_RANK)
+def test_a_failure_of_one_rank_is_shown_once(kind, variables, tmp_path):
+    """The other one, left in the middle of an exchange, ends too, in a line."""
+    error, tracebacks = OF_ONE_RANK[kind]
+    program = sabotaged(FAILS.format(error=error), tmp_path)
+    (status, _, first), (other_status, _, second) = two_ranks(variables("text", 2), tmp_path, program)
+    assert (status, other_status) == (1, 1)
+    assert second.count("it is broken\n") == 1 and second.count("Traceback") == tracebacks, second[-2000:]
+    assert "it is broken" not in first and "Traceback" not in first, first[-2000:]
+    assert "rank 0 has lost another one, whose message says why" in first
+
+
+@pytest.mark.slow
+@ranked
+@pytest.mark.parametrize("kind", OF_ONE_RANK)
+def test_a_failure_of_one_rank_ends_the_launcher(kind, variables, tmp_path):
+    program = sabotaged(FAILS.format(error=OF_ONE_RANK[kind][0]), tmp_path)
+    flags = [f"--{name.lower()}={value}" for name, value in {**variables("text", 2), "CPU_RANKS": "2"}.items()]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--include=localhost:0,1", "--no_local_rank"]
+    command = [*launcher, f"--master_port={free_port()}", str(program), *flags]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "2"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1 and result.stderr.count("it is broken\n") == 1, result.stderr[-3000:]
+
+
+def test_which_errors_are_those_of_a_lost_rank():
+    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:21183"
+    assert T.has_lost_a_rank(RuntimeError(gloo)) and T.has_lost_a_rank(torch.distributed.DistBackendError("NCCL"))
+    for message in ("mat1 and mat2 shapes cannot be multiplied", "CUDA error: out of memory", "Broken pipe"):
+        assert not T.has_lost_a_rank(RuntimeError(message))
 
 
 # --- the configuration
@@ -428,10 +481,15 @@ def test_bf16_in_the_configuration_must_be_what_precision_is(tmp_path):
 
 
 PLANNED = {
-    (): "ZeRO-2: gradients and AdamW's state divided",
-    ("--zero_stage=0",): "ZeRO-0: nothing divided",
-    ("--zero_stage=1", "--offload=optimizer"): "ZeRO-1: AdamW's state divided; AdamW's state on cpu",
-    ("--zero_stage=3", "--offload=both"): "ZeRO-3: the model divided, too; AdamW's state on cpu; the model on cpu",
+    (): "ZeRO-2 divides gradients and AdamW's state among the ranks",
+    ("--zero_stage=0",): "ZeRO-0 divides nothing among the ranks",
+    ("--zero_stage=1", "--offload=optimizer"): (
+        "ZeRO-1 divides AdamW's state among the ranks; AdamW's state in CPU memory"
+    ),
+    ("--zero_stage=3", "--offload=both"): (
+        "ZeRO-3 divides model, gradients and AdamW's state among the ranks; AdamW's state in CPU memory; the model in "
+        "CPU memory"
+    ),
 }
 
 
