@@ -526,12 +526,16 @@ def test_two_nodes_over_ssh_train_as_one_process_does(nodes, tiny_run, tmp_path)
     assert ranks_of(cwd) == [] and [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp.")] == []
 
 
+# Becomes a command that does not ignore SIGINT, as all that a shell has started in the background do.
+HEEDS_SIGINT = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+
+
 @pytest.fixture
 def begun(nodes, tiny_run, tmp_path):
     """The launcher of a long run over ssh that has written its first checkpoint."""
     values = {**os.environ, **tiny_run, **nodes, "NUM_EPOCHS": "3000", "EVAL_STEPS": "1"}
     with (tmp_path / "err").open("w") as err:
-        command = ["bash", str(PROJECT / "fast_train.sh")]
+        command = [sys.executable, "-c", HEEDS_SIGINT, "bash", str(PROJECT / "fast_train.sh")]
         launcher = subprocess.Popen(command, cwd=tmp_path, env=values, stdout=err, stderr=err)
     try:
         deadline = time.monotonic() + 200
