@@ -4913,16 +4913,17 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def samples_text(prompts: Sequence[str], before: Sequence[Sequence[str]], after: Sequence[Sequence[str]]) -> str:
-    """Markdown with a table for each prompt, which has room for long answers.
+    """Markdown with two tables for each prompt; TensorBoard would squeeze a column of short names to single letters.
 
     Args:
         before, after: answers to the prompts, plain ones and those with the prefix.
     """
     parts = []
     for number, prompt in enumerate(prompts):
-        answers = [(moments[0][number], moments[1][number]) for moments in zip(before, after, strict=True)]
-        rows = [(name, *row) for name, row in zip(("plain", "with the prefix"), answers, strict=True)]
-        parts.append(f"**{table_cell(prompt)}**\n\n{table(('', 'before', 'after'), rows)}")
+        parts.append(f"**{table_cell(prompt)}**")
+        for name, *answers in zip(("plain", "with the prefix"), before, after, strict=True):
+            header = [f"{name}, {when}" for when in ("before", "after")]
+            parts.append(table(header, [[of_prompts[number] for of_prompts in answers]]))
     return "\n\n".join(parts)
 
 

@@ -114,10 +114,10 @@ def test_loss_is_its_components(first_events):
 def test_samples_and_hyperparameters(first_events, run):
     (sample,) = first_events.Tensors("samples/before_and_after/text_summary")
     text = sample.tensor_proto.string_val[0].decode()
-    assert text.startswith(
-        "**Tell me: How do I boil an egg?**\n\n|  | before | after |\n| --- | --- | --- |\n| plain | "
-    )
-    assert [text.count(part) for part in ("\n| plain | ", "\n| with the prefix | ")] == [T.SAMPLE_PROMPTS] * 2
+    assert text.startswith("**Tell me: How do I boil an egg?**\n\n| plain, before | plain, after |\n| --- | --- |\n| ")
+    assert [text.count(part) for part in ("\n| plain, before | ", "\n| with the prefix, before | ")] == [
+        T.SAMPLE_PROMPTS
+    ] * 2
     from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
     content = first_events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content

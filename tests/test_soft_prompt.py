@@ -213,7 +213,8 @@ def test_resumed_ptuning_gives_the_losses_of_an_uninterrupted_one(tuned, talking
 def samples(cwd):
     """Of each prompt the two rows of sample answers: plain, and with the prefix."""
     (text,) = series(cwd, T.SAMPLES_TAG)
-    return re.findall(r"^\| plain \| (.*) \|\n\| with the prefix \| (.*) \|$", text, re.M)
+    rows = re.findall(r"^\| (?:plain|with the prefix), before .*\n\|.*\n(\| .* \|)$", text, re.M)
+    return list(zip(rows[::2], rows[1::2], strict=True))
 
 
 def test_ptuning_writes_an_adapter_and_a_soft_prompt_and_no_merged_weights(tuned):
