@@ -213,7 +213,7 @@ def test_resumed_ptuning_gives_the_losses_of_an_uninterrupted_one(tuned, talking
 def samples(cwd):
     """Of each prompt the two rows of sample answers: plain, and with the prefix."""
     (text,) = series(cwd, T.SAMPLES_TAG)
-    rows = re.findall(r"^\| (?:plain|with the prefix), before .*\n\|.*\n(\| .* \|)$", text, re.M)
+    rows = re.findall(r"^\| (?:plain|with the prefix), before .*\n\|.*\n\| (.*) \|$", text, re.M)
     return list(zip(rows[::2], rows[1::2], strict=True))
 
 
