@@ -6391,7 +6391,7 @@ def pdsh_problems() -> list[str]:
     return problems
 
 
-def port_problems(args: ScriptArguments, port: int) -> list[str]:
+def port_problems(port: int) -> list[str]:
     """Why the ranks cannot meet on a port of this machine."""
     try:
         listening(port).close()
@@ -6411,7 +6411,7 @@ def ready_nodes(args: ScriptArguments, devices: Devices) -> Devices:
     if shutil.which("ssh") is None:
         raise InputError(*problems)
     request, names = nodes_request(args, devices.on_gpu), tuple(node.name for node in devices.nodes)
-    if port and (taken := port_problems(args, port)):
+    if port and (taken := port_problems(port)):
         problems, port = problems + taken, 0
     answers = ask_nodes(names, json.dumps(request), port)
     here = look_at_node(request | {"port": 0})
@@ -6438,7 +6438,7 @@ def meeting_point(args: ScriptArguments, devices: Devices) -> Devices:
     if devices.nodes and not args.node_rank:
         return ready_nodes(args, devices)
     port = int(args.master_port or (MASTER_PORT if devices.nodes else 0))
-    if port and int(args.node_rank or 0) == 0 and (taken := port_problems(args, port)):
+    if port and int(args.node_rank or 0) == 0 and (taken := port_problems(port)):
         raise InputError(*taken)
     return dataclasses.replace(devices, address=args.master_addr, port=port)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import forkserver
 import psutil
 import pytest
-from conftest import PROJECT, free_port, history, launch, output_of, series, train
+from conftest import PROJECT, free_port, launch, output_of, series, train
 from safetensors.torch import load_file
 from test_trainer import finished
 
@@ -527,7 +527,9 @@ def test_two_nodes_over_ssh_train_as_one_process_does(nodes, tiny_run, tmp_path)
 
 
 # Becomes a command that does not ignore SIGINT, as all that a shell has started in the background do.
-HEEDS_SIGINT = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+HEEDS_SIGINT = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+)
 
 
 @pytest.fixture
@@ -623,4 +625,3 @@ def test_a_launcher_on_each_node_trains_as_one_process_does(tiny_run, tmp_path):
     assert [launcher.returncode for launcher in started] == [0, 0], said
     assert logged(tmp_path / "first") == pytest.approx(logged(output_of(alone)), rel=1e-5)
     assert "the trained model is in " in said[0] and "this node has done its part" in said[1]
-    assert history(alone)
