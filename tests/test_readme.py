@@ -47,7 +47,8 @@ def test_defaults_in_the_table_are_the_launchers(name):
 @pytest.mark.parametrize("name", READMES)
 def test_flags_exist(name):
     known = {f"--{field.name}" for field in T.dataclasses.fields(T.ScriptArguments)}
-    foreign = {"--include", "--logdir", "--help"}
+    foreign = {"--include", "--logdir", "--help", "--setup"}
+    assert "--setup)" in (PROJECT / "fast_train.sh").read_text(encoding="utf-8")
     pieces = code(TEXT[name])
     benchmark = [piece for piece in pieces if "benchmark.py" in piece]
     of_benchmark = {flag for piece in benchmark for flag in re.findall(r"--[a-z_]+", piece)}

@@ -35,10 +35,11 @@ def model_of(shape, device="cpu", dtype=torch.float32):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def policy_of(shape, rank, dropout, **options):
+def policy_of(shape, rank, dropout, fused=True, **options):
     args = T.ScriptArguments(lora_r=rank, lora_dropout=dropout)
     policy = T.add_adapter(T.enable_packed_forward(model_of(shape, **options)), args)
-    T.speed_up_adapter(policy, checkpointed=False)
+    if fused:
+        T.speed_up_adapter(policy, checkpointed=False)
     return policy.train()
 
 
@@ -89,20 +90,21 @@ def kept(policy, monkeypatch) -> int:
     return sum(storages.values())
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dropout", [0.1, 0.0])
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_what_a_layer_keeps_is_what_a_forward_keeps(dtype, size, dropout, monkeypatch):
+def test_what_a_layer_keeps_is_what_a_forward_keeps(dtype, size, dropout, fused, monkeypatch):
     """Two layers more keep so much more; what the head and the embeddings keep is the same in both."""
     held = []
     for layers in (1, 3):
-        policy = policy_of(sizes.replace(SMALL, layers=layers), RANK, dropout, dtype=dtype)
+        policy = policy_of(sizes.replace(SMALL, layers=layers), RANK, dropout, fused, dtype=dtype)
         for parameter in policy.parameters():
             parameter.data = parameter.data.to(dtype)  # as the engine holds the adapter
         held.append(kept(policy, monkeypatch))
     measured = (held[1] - held[0]) / 2
-    expected = sizes.kept_by_a_layer(SMALL, PAIRS, RANK, dropout > 0, size)
+    expected = sizes.kept_by_a_layer(SMALL, PAIRS, RANK, dropout > 0, size, fused, mask=size)
     assert expected == pytest.approx(measured, rel=0.01)
-    other = sizes.kept_by_a_layer(SMALL, PAIRS, RANK, dropout == 0, size)
+    other = sizes.kept_by_a_layer(SMALL, PAIRS, RANK, dropout == 0, size, fused, mask=size)
     assert other != pytest.approx(measured, rel=0.05)
 
 

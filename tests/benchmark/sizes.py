@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 GIB = 2**30
+LIVE_PARAMETERS = 1_000_000_000  # that ZeRO-3 keeps gathered for their next use, DeepSpeed's default
 BUCKET_BYTES = 2 * 4 * 20_000_000  # DeepSpeed's two buckets of fp32 gradients, as ds_config.json sizes them
 
 
@@ -121,34 +122,45 @@ RUNTIME_BYTES = 1.5e9  # CUDA context, NCCL's buffers, fragmentation: an assumpt
 HEAD_CHUNK = {"cpu": 128, "cuda": 1024}  # scored tokens whose logits exist at a time
 
 
-def kept_by_a_layer(shape: Shape, pairs: list[tuple[int, int, int]], rank: int, dropout: bool, size: int) -> int:
+def kept_by_a_layer(
+    shape: Shape,
+    pairs: list[tuple[int, int, int]],
+    rank: int,
+    dropout: bool,
+    size: int,
+    fused: bool = True,
+    mask: int = 1,
+) -> int:
     """Bytes of activations that one decoder layer keeps for the backward pass of a packed row.
 
     Args:
         pairs: (trunk, chosen, rejected) in tokens; an answer's last token is predicted and never read.
         size: bytes of an activation.
+        fused: whether LoRA layers are computed together, in this project's way, or each by PEFT (ZeRO-3).
+        mask: bytes of an entry of PyTorch's dropout mask: 1 on a GPU, `size` on a CPU.
     """
     tokens = sum(trunk + chosen + rejected - 2 for trunk, chosen, rejected in pairs)
     queries, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
-    inputs = 2 * shape.hidden + queries  # what q, k and v read, what o reads, what gate and up read
-    attention = 2 * queries + 2 * keys  # queries and outputs, keys and values
-    narrow = 7 * rank
-    a_token = size * (inputs + attention + 2 * shape.intermediate + narrow)  # gate and up as well
-    a_token += 2 * 4 * shape.hidden  # the norms' inputs in fp32
-    if dropout:
-        a_token += 2 * (inputs + shape.intermediate)  # 16 random bits for every input, down's too
+    if fused:  # what q, k and v read, what o reads, what gate and up read; gate and up themselves
+        adapted = size * (2 * shape.hidden + queries + 2 * shape.intermediate)
+        noise = 2 * (2 * shape.hidden + queries + shape.intermediate)  # 16 bits for every input, down's too
+    else:  # each layer's input, once where there is no dropout; gate, its activation and up
+        inputs = 5 * shape.hidden + queries + shape.intermediate if dropout else 2 * shape.hidden + queries
+        adapted = size * (inputs + (3 if dropout else 4) * shape.intermediate)
+        noise = mask * (5 * shape.hidden + queries + shape.intermediate)
+    a_token = adapted + size * (2 * queries + 2 * keys + 7 * rank) + 2 * 4 * shape.hidden  # the norms' inputs in fp32
     branches = 0
     for trunk, _, rejected in pairs:
         seen = trunk + rejected - 1
         branches += size * seen * (2 * queries + rejected - 1)  # keys and values for all heads, and the mask
-    return tokens * a_token + branches
+    return tokens * (a_token + noise * dropout) + branches
 
 
-def activations(shape: Shape, work: Work, size: int, chunk: int) -> int:
+def activations(shape: Shape, work: Work, size: int, chunk: int, fused: bool = True) -> int:
     """Bytes that a training forward holds at its peak, the backward pass's first steps included."""
     tokens = sum(map(sum, work.pairs))
     scored = sum(chosen + rejected for _, chosen, rejected in work.pairs)
-    layer = kept_by_a_layer(shape, work.pairs, work.lora_r, work.dropout, size)
+    layer = kept_by_a_layer(shape, work.pairs, work.lora_r, work.dropout, size, fused)
     layers = layer + shape.layers * tokens * shape.hidden * size if work.checkpointing else shape.layers * layer
     # A chunk's logits, in fp32, as log-probabilities and as the product's operand; the gradients of the scored states.
     head = min(chunk, scored) * shape.vocabulary * (2 * size + 2 * 4) + scored * shape.hidden * size
@@ -167,8 +179,9 @@ def memory(
     weights = shape.layer_weights * kind.layer + shape.embedding_weights * kind.embedding
     adapter = shape.adapter_weights(work.lora_r)
     gathered = 0.0
-    if stage == 3 and gpus > 1:  # a layer in use and one fetched ahead, and the head
-        gathered = (2 * shape.layer_weights / shape.layers + shape.vocabulary * shape.hidden) * kind.embedding
+    if stage == 3 and gpus > 1:
+        held = max(LIVE_PARAMETERS, 2 * shape.layer_weights // shape.layers) + shape.vocabulary * shape.hidden
+        gathered = min(held, shape.layer_weights + shape.embedding_weights) * kind.embedding
         weights /= gpus
     return {
         "weights": weights,
@@ -176,7 +189,7 @@ def memory(
         "adapter": adapter * kind.activation / (gpus if stage == 3 else 1),
         "gradients": 4 * adapter / (gpus if stage >= 2 else 1) + BUCKET_BYTES,
         "optimizer": 12 * adapter / (gpus if stage >= 1 else 1),  # master copy and two moments in fp32
-        "activations": activations(shape, work, kind.activation, HEAD_CHUNK[device]),
+        "activations": activations(shape, work, kind.activation, HEAD_CHUNK[device], fused=stage < 3),
     }
 
 
