@@ -7708,7 +7708,7 @@ def print_result(trainer: PreferenceGuidedDPOTrainer, seconds: float) -> None:
     print("what was saved was opened again and equals what was trained", flush=True)
 
 
-ENCODED = "--encoded="  # followed by working folder and flags: DeepSpeed and pdsh would take some of them apart
+FLAGS_ENCODED = "--encoded="  # followed by working folder and flags: DeepSpeed and pdsh would take some of them apart
 
 
 def launched_over_ssh(argv: Sequence[str]) -> Sequence[str]:
@@ -7717,9 +7717,9 @@ def launched_over_ssh(argv: Sequence[str]) -> Sequence[str]:
     Raises:
         InputError: there is no such folder on this machine.
     """
-    if len(argv) != 1 or not argv[0].startswith(ENCODED):
+    if len(argv) != 1 or not argv[0].startswith(FLAGS_ENCODED):
         return argv
-    words = gzip.decompress(base64.b64decode(argv[0].removeprefix(ENCODED))).decode("utf-8", "surrogateescape")
+    words = gzip.decompress(base64.b64decode(argv[0].removeprefix(FLAGS_ENCODED))).decode("utf-8", "surrogateescape")
     folder, *flags = words.split("\0")[:-1]
     try:
         os.chdir(folder)

@@ -94,7 +94,11 @@ ONLY = {
     "precision": (("auto", "bf16", "fp16", "fp32"), ("int8", "float32", ""), "'auto' or 'bf16' or 'fp16' or 'fp32'"),
     "adapter_reference": (("", "base", "adapter"), ("policy", "Base"), "'base' or 'adapter'"),
     "zero_stage": (("", "0", "1", "2", "3"), ("4", "two", "2.0"), "'' or '0' or '1' or '2' or '3'"),
-    "offload": (("", "optimizer", "parameters", "both"), ("cpu", "param"), "'' or 'optimizer' or 'parameters' or 'both'"),
+    "offload": (
+        ("", "optimizer", "parameters", "both"),
+        ("cpu", "param"),
+        "'' or 'optimizer' or 'parameters' or 'both'",
+    ),
     "preset": (
         ("", "conservative", "balanced", "aggressive"),
         ("gentle", "Balanced"),

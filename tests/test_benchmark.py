@@ -23,9 +23,9 @@ def run(folder, *flags):
 
 def test_the_benchmark_runs(tmp_path):
     sides = ("trl_precomputed", "padded_guided", "plain", "guided")
-    said, result = run(tmp_path, "--rounds", "2", "--sides", *sides)
+    said, result = run(tmp_path, "--rounds", "1", "--sides", *sides)
     for side in sides:
-        assert len(result[side]["seconds"]) == 2 and result[side]["pairs_per_second"] > 0
+        assert len(result[side]["seconds"]) == 1 and result[side]["pairs_per_second"] > 0
         assert 2**27 < result[side]["peak_memory_bytes"] < 2**35
     assert 0 < result["limit_share"] < 1 < result["flops_per_second"]
     ratio = result["guided"]["peak_memory_bytes"] / result["padded_guided"]["peak_memory_bytes"]

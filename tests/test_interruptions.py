@@ -1,5 +1,6 @@
 """Interruptions: signals, killed ranks and full disks end a run at once and lose nothing; resumed runs end the same."""
 
+import contextlib
 import os
 import random
 import re
@@ -62,16 +63,19 @@ def until(ready, seconds: float, alive=lambda: True) -> bool:
     deadline = time.monotonic() + seconds
     while not (so := ready()) and time.monotonic() < deadline and alive():
         time.sleep(0.005)
-    return so or ready()  # not asked again where it was so: a checkpoint that is begun anew is gone for a moment
+    return so or ready()  # not asked again where it was so: a file that is there may be gone the moment after
 
 
 def another_checkpoint(cwd, complete=False):
-    """Says whether a checkpoint has been begun since, or the one begun last is complete."""
-    newest = T.checkpoints(output_of(cwd))[-1:]
+    """Says whether something has been written since into the newest checkpoint, or that it is complete."""
+    since = time.time_ns()
 
     def ready() -> bool:
-        now = T.checkpoints(output_of(cwd))[-1:]
-        return bool(now) and now != newest and (not complete or (now[0] / T.CHECKPOINT_FILES).exists())
+        with contextlib.suppress(FileNotFoundError, IndexError):  # an incomplete one is removed and begun anew
+            newest = T.checkpoints(output_of(cwd))[-1]
+            files = [newest / T.CHECKPOINT_FILES] if complete else newest.rglob("*.*")
+            return any(file.stat().st_mtime_ns > since for file in files)
+        return False
 
     return ready
 
@@ -266,7 +270,10 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+ALSO = ("scoring the reference", "evaluating")  # much like training
+
+
+@pytest.mark.parametrize("moment", [pytest.param(m, marks=[pytest.mark.slow] * (m in ALSO)) for m in MOMENTS])
 def test_a_signal_ends_every_rank_at_once(moment, tiny_run, tmp_path):
     shows, sent, status, resumable = MOMENTS[moment]
     ranks = RANKS if moment in ("training", "saving") else 1  # the others end in the same way, and start sooner

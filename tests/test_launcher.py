@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import forkserver
 import pytest
 import torch
 from conftest import PROJECT, launch, parse
@@ -127,9 +128,11 @@ def test_cores_are_shared_evenly(tiny_run, tmp_path):
     ],
 )
 def test_mistakes_end_with_status_2_and_one_message(tiny_run, tmp_path, variables, phrases):
-    result = launch({**tiny_run, **variables}, cwd=tmp_path)
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr and "command:" not in result.stderr
+    """In the plan that the launcher asks for; test_bad_input shows that it passes messages and status on."""
+    flags = [f"--{name.lower()}={value}" for name, value in {**tiny_run, **variables, "PLAN": "true"}.items()]
+    result = forkserver.start(flags, {"MASTER_PORT": "0"}, tmp_path).wait()
+    assert result.returncode == 2 and result.stdout == ""
+    assert "Traceback" not in result.stderr and result.stderr.count("error:\n") == 1
     for phrase in phrases:
         assert phrase in result.stderr
     assert list(tmp_path.iterdir()) == []

@@ -177,14 +177,14 @@ def test_flags_reach_a_rank_as_they_are(tmp_path, monkeypatch):
     words = [str(tmp_path), f"--preference_text={NASTY}", "--beta=0.1", "", "--x=\udcff"]
     word = subprocess.run(["bash", "-c", encode, "bash", *words], capture_output=True, check=True).stdout.decode()
     assert re.fullmatch(r"[A-Za-z0-9+/=]+", word)  # nothing that a shell, DeepSpeed or pdsh would take apart
-    assert T.launched_over_ssh([T.ENCODED + word]) == words[1:] and Path.cwd() == tmp_path
+    assert T.launched_over_ssh([T.FLAGS_ENCODED + word]) == words[1:] and Path.cwd() == tmp_path
     assert T.launched_over_ssh(words) == words  # those of any other start
 
 
 def test_a_rank_says_where_its_working_folder_is_missing(tmp_path):
     word = base64.b64encode(gzip.compress(f"{tmp_path}/gone\0--beta=1\0".encode())).decode()
     with pytest.raises(T.InputError, match="gone cannot be entered on this node"):
-        T.launched_over_ssh([T.ENCODED + word])
+        T.launched_over_ssh([T.FLAGS_ENCODED + word])
 
 
 # --- what a node lacks
@@ -501,7 +501,9 @@ def ranks_of(cwd: Path) -> list[psutil.Process]:
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         with contextlib.suppress(ValueError, OSError, EOFError, IndexError):
-            encoded = next((word for word in words if word.startswith(T.ENCODED)), "").removeprefix(T.ENCODED)
+            encoded = next((word for word in words if word.startswith(T.FLAGS_ENCODED)), "").removeprefix(
+                T.FLAGS_ENCODED
+            )
             if encoded and gzip.decompress(base64.b64decode(encoded)).split(b"\0")[0].decode() == str(cwd):
                 found.append(process)
     return found

@@ -7,13 +7,12 @@ import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, ROWS, make_model, output_of, train, two_ranks, write_rows
+from conftest import ROWS, make_model, output_of, start, train, two_ranks, write_rows
 from safetensors.torch import load_file, save_file
 from test_around import sabotaged
 from test_trainer import adapter, logged
@@ -226,18 +225,10 @@ def test_a_folder_that_cannot_be_written_costs_a_notice(short, tmp_path):
 
 def test_two_runs_at_once(short, tmp_path):
     """Both finish, what is left is whole, and nothing lies beside it."""
-    runs = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        group = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "DS_ACCELERATOR": "cpu"}
-        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(T.free_port()), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(PROJECT / "train_with_preference_prompt.py")]
-        command += [f"--{variable.lower()}={value}" for variable, value in short.items()]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        runs.append(subprocess.Popen(command, cwd=tmp_path / name, env={**os.environ, **group}, **pipes))
-    for run in runs:
-        said, errors = run.communicate(timeout=200)
-        assert run.returncode == 0 and "notice: " not in said, errors[-3000:]
+    for result in [run.wait() for run in [start(short, tmp_path / name) for name in ("one", "two")]]:
+        assert result.returncode == 0 and "notice: " not in result.stdout, result.stderr[-3000:]
     assert [path.suffix for path in files_in(tmp_path / "cache")] == [".safetensors"] * 3
     assert logged(tmp_path / "one") == logged(tmp_path / "two")
     assert counted_run(short, tmp_path)[0] == SELF_CHECK
