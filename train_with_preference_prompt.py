@@ -5546,7 +5546,7 @@ From the folder of the trainer:
 
 
 # ======================================================================================================================
-# 19 · Plan — devices, output folder, everything that can be checked before anything is loaded; what will be done.
+# 19 · Devices — which, on which machines; several nodes are asked for what they lack. Knows no data.
 # ======================================================================================================================
 
 
@@ -5738,6 +5738,300 @@ def resolve_devices(
     if chosen:
         return Devices(f"localhost:{','.join(map(str, chosen))}", len(chosen), on_gpu=True)
     return Devices(f"localhost:{','.join(map(str, range(cpu_ranks)))}", cpu_ranks, on_gpu=False)
+
+
+def checksum_of(path: str) -> str | None:
+    """SHA-256 of a file; None where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except OSError:
+        return None
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def is_writable(folder: str) -> bool:
+    """Whether a folder can be written to, or made."""
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+
+
+def count_gpus() -> int:
+    """GPUs by NVIDIA's driver, which answers at once; PyTorch takes seconds."""
+    try:
+        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    except OSError:
+        return 0
+    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+def refusal(address: str, port: int) -> str:
+    """Why nothing answers there; empty where something does."""
+    try:
+        socket.create_connection((address, port), timeout=3).close()
+        return ""
+    except OSError as error:
+        return str(error)
+
+
+def this_machine() -> list[str]:
+    """What tells a machine, and a container on it, from others."""
+    with open("/proc/sys/kernel/random/boot_id") as boot:
+        return [socket.gethostname(), boot.read().strip()]
+
+
+def look_at_node(request: dict) -> dict:
+    """What there is on the machine that runs this.
+
+    Args:
+        request: packages (their names), same (files whose content counts), paths (that must exist), folders (that are
+            written to), bundled (file and module of the bundled model, one of which must be there), tools (programs),
+            address ("": from which ssh came) and port of the first node.
+    """
+    address = request["address"] or os.environ.get("SSH_CONNECTION", "").split(" ")[0]
+    file, module = request["bundled"]
+    return {
+        "versions": {"Python": platform.python_version(), **{name: version_of(name) for name in request["packages"]}},
+        "same": {path: checksum_of(path) for path in request["same"]},
+        "missing": [path for path in request["paths"] if not os.path.exists(path)],
+        "read-only": [path for path in request["folders"] if not is_writable(path)],
+        "tools": [name for name in request["tools"] if shutil.which(name) is None],
+        "bundled": os.path.exists(file) or importlib.util.find_spec(module) is not None,
+        "gpus": count_gpus(),
+        "machine": this_machine(),
+        "address": address,
+        "refused": refusal(address, request["port"]),
+    }
+
+
+# The program that runs on a node before anything of this project is loaded there, perhaps not even installed.
+NODE_FUNCTIONS = (checksum_of, version_of, is_writable, count_gpus, refusal, this_machine, look_at_node)
+NODE_IMPORTS = "import ctypes, hashlib, importlib.metadata, importlib.util, json, os, platform, shutil, socket"
+
+
+def node_program(request: Mapping[str, Any]) -> str:
+    """Source that prints what `look_at_node` finds, as JSON, in the last line."""
+    sources = [f"from __future__ import annotations\n{NODE_IMPORTS}", *map(inspect.getsource, NODE_FUNCTIONS)]
+    return "\n\n".join([*sources, f"print('\\n' + json.dumps(look_at_node(json.loads({json.dumps(request)!r}))))\n"])
+
+
+# What ssh says → what to do; {} is the node.
+SSH_REMEDIES = {
+    "Permission denied": "let this machine in without a password: ssh-copy-id {}",
+    "Host key verification failed": "accept its key once: ssh {} true",
+    "Could not resolve|not known|resolution": "name it as DNS, /etc/hosts or ~/.ssh/config knows it",
+    "timed out|No route|unreachable|does not answer": "is it up, and may this machine reach it?",
+    "refused|closed by|reset by": "start sshd there, or name its port in ~/.ssh/config",
+    "not found|No such file": "set up the project there as here, at the same path: ./fast_train.sh --setup",
+    "": "try yourself: ssh -o BatchMode=yes {} true",
+}
+NODE_SECONDS = 10.0  # after which a node counts as not answering
+
+
+def ssh_words() -> list[str]:
+    """ssh with the options with which pdsh, as this environment sets it up, will start the ranks; %h: host, %u: user."""
+    own = os.environ.get("PDSH_SSH_ARGS_APPEND", "").split()
+    base = os.environ.get("PDSH_SSH_ARGS", "-2 -a -x %h").split()
+    return ["ssh", "-oConnectTimeout=5", *own, "-oBatchMode=yes", *base]
+
+
+def ask_node(name: str, request: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """What `look_at_node` finds on a node, over ssh; or None and why it cannot be asked, with the remedy."""
+    words = [word.replace("%h", name).replace("%u", getpass.getuser()) for word in ssh_words()]
+    command = [*words, f"{shlex.quote(sys.executable)} -"]
+    options = {
+        "input": node_program(request),
+        "capture_output": True,
+        "text": True,
+        "errors": "replace",
+        "timeout": NODE_SECONDS,
+    }
+    try:
+        result = subprocess.run(command, **options)
+        said = [line.strip() for line in result.stderr.splitlines() if line.strip()] or [f"status {result.returncode}"]
+    except subprocess.TimeoutExpired:
+        result, said = None, [f"it does not answer within {NODE_SECONDS:g} s"]
+    if result is not None and result.returncode == 0:
+        with contextlib.suppress(ValueError, LookupError):  # a shell's greeting may stand in front
+            return json.loads(result.stdout.splitlines()[-1]), ""
+    remedy = next(remedy for words, remedy in SSH_REMEDIES.items() if re.search(words, said[-1]))
+    return None, f"cannot be asked over ssh ({shortened(said[-1], 200)}); {remedy.format(name)}"
+
+
+def listening(port: int) -> socket.socket:
+    """A socket that listens on all addresses of this machine; port 0: any that is free."""
+    both = socket.has_dualstack_ipv6()
+    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+
+
+@functools.cache
+def ask_nodes(names: tuple[str, ...], request: str, port: int) -> list[tuple[dict[str, Any] | None, str]]:
+    """`ask_node` of all at once, for as long as this machine listens on the port, once for each request.
+
+    Args:
+        request: what `look_at_node` takes, as JSON.
+        port: 0 for any that is free.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    with listening(port) as listener, ThreadPoolExecutor(len(names)) as threads:
+        asked = json.loads(request) | {"port": listener.getsockname()[1]}
+        found = list(threads.map(lambda name: ask_node(name, asked), names))
+    return [(answer and answer | {"port": asked["port"]}, why) for answer, why in found]
+
+
+def nodes_request(args: ScriptArguments, on_gpu: bool) -> dict[str, Any]:
+    """What a node must have: `look_at_node`'s request but for the port."""
+    named = [args.policy_model_path, args.prompt_embedding_path, args.adapter_path]
+    inputs = [expanded(path) for path in named if path]
+    inputs += [place for sources in args.sources.values() for s in sources if (place := place_of(s.name)[0])]
+    same = [PROJECT_DIR / Path(__file__).name, args.ds_config_path, *([expanded(args.hostfile)] * bool(args.hostfile))]
+    bundled = (str(BUNDLED_MODEL_DIR / "config.json"), BUNDLED_MODEL_PACKAGE)
+    return {
+        "packages": PACKAGES,
+        "same": [os.path.abspath(path) for path in same],
+        "paths": [str(Path.cwd()), *(os.path.abspath(path) for path in inputs if os.path.exists(path))],
+        "folders": [os.path.abspath(args.output_path.parent)],
+        "tools": [] if on_gpu else [os.environ.get("CXX", "c++")],
+        "bundled": ("/", "os") if args.policy_model_path else bundled,  # the first is everywhere
+        "address": args.master_addr,
+    }
+
+
+def unlike(node: Node, there: Mapping[str, Any], here: Mapping[str, Any], on_gpu: bool) -> list[str]:
+    """In what a node is not as the first one is, and what to do, by what `look_at_node` found on both."""
+    differing = [path for path, checksum in there["same"].items() if checksum != here["same"][path]]
+    absent = [path for path in differing if there["same"][path] is None]
+    changed = [path for path in differing if path not in absent]
+    versions = [
+        f"{name} {there['versions'][name] or 'missing'}, not {version}"
+        for name, version in here["versions"].items()
+        if there["versions"][name] != version
+    ]
+    gpus, greatest, port = there["gpus"], max(node.slots), there["port"]
+    found = (
+        ([*absent, *there["missing"]], "{} not there; copy it to the same path"),
+        (changed, "{} not the same as here; copy it"),
+        (versions, "{}; install the same there"),
+        (there["read-only"], "{} cannot be written; make it writable"),
+        (there["tools"], "{} not there, with which DeepSpeed compiles; install g++"),
+        (
+            [] if there["bundled"] else ["the bundled model's package"],
+            "{} not there; run ./fast_train.sh --setup there",
+        ),
+        ([gpus] if gpus and not on_gpu else [], "it has {} GPU(s), this machine none that PyTorch can use; mend that"),
+        ([gpus] if on_gpu and greatest >= gpus else [], f"it has {{}} GPU(s), so no GPU {greatest}; name those it has"),
+        (
+            [there["refused"]] if there["refused"] else [],
+            f"it does not reach this machine at {there['address']}, port {port} ({{}}); open the firewall, or name in "
+            "MASTER_ADDR the address, and in MASTER_PORT an open port, at which it does",
+        ),
+    )
+    return [text.format(", ".join(map(str, what))) for what, text in found if what]
+
+
+# Variables of the environment that ranks on other nodes get, too. Never secrets: pdsh shows the values in a command.
+EXPORTED = re.compile(
+    r"(NCCL|GLOO|UCX|MV2|MLFLOW|TORCH|PYTORCH|CUDA|TRITON|HF|TRANSFORMERS|TOKENIZERS|OMP|MKL|KMP|DS|LC)_\w+|PYTHON\w*"
+    r"|PATH|LD_LIBRARY_PATH|LD_PRELOAD|LANG|CC|CXX|XDG_CACHE_HOME",
+    re.A,
+)
+NOT_EXPORTED = re.compile(r"CUDA_VISIBLE_DEVICES|DS_ENV_FILE|\w*(TOKEN|PASSWORD|SECRET|KEY)\w*", re.A)
+ENVIRONMENT_FILE = ".deepspeed_env"
+
+
+def exported(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of an environment that ranks on other nodes get, too."""
+    named = {name: value for name, value in environment.items() if EXPORTED.fullmatch(name)}
+    return {name: value for name, value in named.items() if not NOT_EXPORTED.fullmatch(name)}
+
+
+def pdsh_problems() -> list[str]:
+    """Why ranks cannot be started on other nodes from here, whatever those are."""
+    instead = "or start ./fast_train.sh on each node, with NODE_RANK and MASTER_ADDR"
+    problems = [
+        f"{name} is not installed, over which the nodes are started; install it (apt-get install {package}), {instead}"
+        for name, package in (("pdsh", "pdsh"), ("ssh", "openssh-client"))
+        if shutil.which(name) is None
+    ]
+    if shutil.which("pdsh"):
+        version = subprocess.run(["pdsh", "-V"], capture_output=True, text=True).stdout
+        if not re.search(r"rcmd modules:.*\bssh\b", version):
+            problems.append(f"pdsh has no module for ssh; install it (package pdsh-rcmd-ssh), {instead}")
+    for path in (sys.executable, str(PROJECT_DIR)):
+        if re.search(r"[^\w@+=:,./-]", path, re.A):
+            what = "holds characters that a shell on the other nodes takes apart; move it"
+            problems.append(f"the path {path!r} {what}, {instead}")
+    for name, value in exported(os.environ).items():
+        if not value.isprintable():
+            problems.append(f"the variable {name} holds control characters, which do not reach the nodes; unset it")
+    return problems
+
+
+def port_problems(port: int) -> list[str]:
+    """Why the ranks cannot meet on a port of this machine."""
+    try:
+        listening(port).close()
+        return []
+    except OSError as error:
+        what = f"cannot be used on this machine ({os.strerror(error.errno)})"
+    return [f"{describe('master_port', str(port))}: {what}; name a free one, with NODE_RANK the same on every node"]
+
+
+def ready_nodes(args: ScriptArguments, devices: Devices) -> Devices:
+    """The devices, with the address and port of the first node, once every node is found to be as this one.
+
+    Raises:
+        InputError: listing what each node lacks, one line a node.
+    """
+    problems, port = pdsh_problems(), int(args.master_port or 0)
+    if shutil.which("ssh") is None:
+        raise InputError(*problems)
+    request, names = nodes_request(args, devices.on_gpu), tuple(node.name for node in devices.nodes)
+    if port and (taken := port_problems(port)):
+        problems, port = problems + taken, 0
+    answers = ask_nodes(names, json.dumps(request), port)
+    here = look_at_node(request | {"port": 0})
+    for place, (node, (there, why)) in enumerate(zip(devices.nodes, answers, strict=True)):
+        lacks = unlike(node, there, here, devices.on_gpu) if there else [why]
+        if place == 0 and there and there["machine"] != here["machine"]:
+            lacks = ["it is not this machine; start ./fast_train.sh on it, or name this one first"]
+        problems += [f"{variable('gpu_nodes')}: {node.name}: {'; and '.join(lacks)}"] if lacks else []
+    if problems:
+        raise InputError(*problems)
+    second = answers[1][0]
+    return dataclasses.replace(devices, address=second["address"], port=second["port"])
+
+
+MASTER_PORT = 29500  # where each node has its own launcher, none of which can tell the others a free one
+
+
+def meeting_point(args: ScriptArguments, devices: Devices) -> Devices:
+    """The devices with the address and port on which the ranks meet; nodes that are started from here are asked first.
+
+    Raises:
+        InputError: the port is taken, or a node cannot be used.
+    """
+    if devices.nodes and not args.node_rank:
+        return ready_nodes(args, devices)
+    port = int(args.master_port or (MASTER_PORT if devices.nodes else 0))
+    if port and int(args.node_rank or 0) == 0 and (taken := port_problems(port)):
+        raise InputError(*taken)
+    return dataclasses.replace(devices, address=args.master_addr, port=port)
+
+
+# ======================================================================================================================
+# 20 · Plan — output folder, everything that can be checked before anything is loaded; what will be done.
+# ======================================================================================================================
 
 
 def run_state(output_dir: Path) -> str:
@@ -6154,295 +6448,6 @@ def device_problems(args: ScriptArguments, devices: Devices) -> list[str]:
     return problems
 
 
-def checksum_of(path: str) -> str | None:
-    """SHA-256 of a file; None where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.sha256(file.read()).hexdigest()
-    except OSError:
-        return None
-
-
-def version_of(package: str) -> str | None:
-    """The version of an installed package; None where there is none."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def is_writable(folder: str) -> bool:
-    """Whether a folder can be written to, or made."""
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
-
-
-def count_gpus() -> int:
-    """GPUs by NVIDIA's driver, which answers at once; PyTorch takes seconds."""
-    try:
-        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
-    except OSError:
-        return 0
-    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
-
-
-def refusal(address: str, port: int) -> str:
-    """Why nothing answers there; empty where something does."""
-    try:
-        socket.create_connection((address, port), timeout=3).close()
-        return ""
-    except OSError as error:
-        return str(error)
-
-
-def this_machine() -> list[str]:
-    """What tells a machine, and a container on it, from others."""
-    with open("/proc/sys/kernel/random/boot_id") as boot:
-        return [socket.gethostname(), boot.read().strip()]
-
-
-def look_at_node(request: dict) -> dict:
-    """What there is on the machine that runs this.
-
-    Args:
-        request: packages (their names), same (files whose content counts), paths (that must exist), folders (that are
-            written to), bundled (file and module of the bundled model, one of which must be there), tools (programs),
-            address ("": from which ssh came) and port of the first node.
-    """
-    address = request["address"] or os.environ.get("SSH_CONNECTION", "").split(" ")[0]
-    file, module = request["bundled"]
-    return {
-        "versions": {"Python": platform.python_version(), **{name: version_of(name) for name in request["packages"]}},
-        "same": {path: checksum_of(path) for path in request["same"]},
-        "missing": [path for path in request["paths"] if not os.path.exists(path)],
-        "read-only": [path for path in request["folders"] if not is_writable(path)],
-        "tools": [name for name in request["tools"] if shutil.which(name) is None],
-        "bundled": os.path.exists(file) or importlib.util.find_spec(module) is not None,
-        "gpus": count_gpus(),
-        "machine": this_machine(),
-        "address": address,
-        "refused": refusal(address, request["port"]),
-    }
-
-
-# The program that runs on a node before anything of this project is loaded there, perhaps not even installed.
-NODE_FUNCTIONS = (checksum_of, version_of, is_writable, count_gpus, refusal, this_machine, look_at_node)
-NODE_IMPORTS = "import ctypes, hashlib, importlib.metadata, importlib.util, json, os, platform, shutil, socket"
-
-
-def node_program(request: Mapping[str, Any]) -> str:
-    """Source that prints what `look_at_node` finds, as JSON, in the last line."""
-    sources = [f"from __future__ import annotations\n{NODE_IMPORTS}", *map(inspect.getsource, NODE_FUNCTIONS)]
-    return "\n\n".join([*sources, f"print('\\n' + json.dumps(look_at_node(json.loads({json.dumps(request)!r}))))\n"])
-
-
-# What ssh says → what to do; {} is the node.
-SSH_REMEDIES = {
-    "Permission denied": "let this machine in without a password: ssh-copy-id {}",
-    "Host key verification failed": "accept its key once: ssh {} true",
-    "Could not resolve|not known|resolution": "name it as DNS, /etc/hosts or ~/.ssh/config knows it",
-    "timed out|No route|unreachable|does not answer": "is it up, and may this machine reach it?",
-    "refused|closed by|reset by": "start sshd there, or name its port in ~/.ssh/config",
-    "not found|No such file": "set up the project there as here, at the same path: ./fast_train.sh --setup",
-    "": "try yourself: ssh -o BatchMode=yes {} true",
-}
-NODE_SECONDS = 10.0  # after which a node counts as not answering
-
-
-def ssh_words() -> list[str]:
-    """ssh with the options with which pdsh, as this environment sets it up, will start the ranks; %h: host, %u: user."""
-    own = os.environ.get("PDSH_SSH_ARGS_APPEND", "").split()
-    base = os.environ.get("PDSH_SSH_ARGS", "-2 -a -x %h").split()
-    return ["ssh", "-oConnectTimeout=5", *own, "-oBatchMode=yes", *base]
-
-
-def ask_node(name: str, request: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """What `look_at_node` finds on a node, over ssh; or None and why it cannot be asked, with the remedy."""
-    words = [word.replace("%h", name).replace("%u", getpass.getuser()) for word in ssh_words()]
-    command = [*words, f"{shlex.quote(sys.executable)} -"]
-    options = {
-        "input": node_program(request),
-        "capture_output": True,
-        "text": True,
-        "errors": "replace",
-        "timeout": NODE_SECONDS,
-    }
-    try:
-        result = subprocess.run(command, **options)
-        said = [line.strip() for line in result.stderr.splitlines() if line.strip()] or [f"status {result.returncode}"]
-    except subprocess.TimeoutExpired:
-        result, said = None, [f"it does not answer within {NODE_SECONDS:g} s"]
-    if result is not None and result.returncode == 0:
-        with contextlib.suppress(ValueError, LookupError):  # a shell's greeting may stand in front
-            return json.loads(result.stdout.splitlines()[-1]), ""
-    remedy = next(remedy for words, remedy in SSH_REMEDIES.items() if re.search(words, said[-1]))
-    return None, f"cannot be asked over ssh ({shortened(said[-1], 200)}); {remedy.format(name)}"
-
-
-def listening(port: int) -> socket.socket:
-    """A socket that listens on all addresses of this machine; port 0: any that is free."""
-    both = socket.has_dualstack_ipv6()
-    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
-
-
-@functools.cache
-def ask_nodes(names: tuple[str, ...], request: str, port: int) -> list[tuple[dict[str, Any] | None, str]]:
-    """`ask_node` of all at once, for as long as this machine listens on the port, once for each request.
-
-    Args:
-        request: what `look_at_node` takes, as JSON.
-        port: 0 for any that is free.
-
-    Raises:
-        OSError: the port is taken.
-    """
-    with listening(port) as listener, ThreadPoolExecutor(len(names)) as threads:
-        asked = json.loads(request) | {"port": listener.getsockname()[1]}
-        found = list(threads.map(lambda name: ask_node(name, asked), names))
-    return [(answer and answer | {"port": asked["port"]}, why) for answer, why in found]
-
-
-def nodes_request(args: ScriptArguments, on_gpu: bool) -> dict[str, Any]:
-    """What a node must have: `look_at_node`'s request but for the port."""
-    named = [args.policy_model_path, args.prompt_embedding_path, args.adapter_path]
-    inputs = [expanded(path) for path in named if path]
-    inputs += [place for sources in args.sources.values() for s in sources if (place := place_of(s.name)[0])]
-    same = [PROJECT_DIR / Path(__file__).name, args.ds_config_path, *([expanded(args.hostfile)] * bool(args.hostfile))]
-    bundled = (str(BUNDLED_MODEL_DIR / "config.json"), BUNDLED_MODEL_PACKAGE)
-    return {
-        "packages": PACKAGES,
-        "same": [os.path.abspath(path) for path in same],
-        "paths": [str(Path.cwd()), *(os.path.abspath(path) for path in inputs if os.path.exists(path))],
-        "folders": [os.path.abspath(args.output_path.parent)],
-        "tools": [] if on_gpu else [os.environ.get("CXX", "c++")],
-        "bundled": ("/", "os") if args.policy_model_path else bundled,  # the first is everywhere
-        "address": args.master_addr,
-    }
-
-
-def unlike(node: Node, there: Mapping[str, Any], here: Mapping[str, Any], on_gpu: bool) -> list[str]:
-    """In what a node is not as the first one is, and what to do, by what `look_at_node` found on both."""
-    differing = [path for path, checksum in there["same"].items() if checksum != here["same"][path]]
-    absent = [path for path in differing if there["same"][path] is None]
-    changed = [path for path in differing if path not in absent]
-    versions = [
-        f"{name} {there['versions'][name] or 'missing'}, not {version}"
-        for name, version in here["versions"].items()
-        if there["versions"][name] != version
-    ]
-    gpus, greatest, port = there["gpus"], max(node.slots), there["port"]
-    found = (
-        ([*absent, *there["missing"]], "{} not there; copy it to the same path"),
-        (changed, "{} not the same as here; copy it"),
-        (versions, "{}; install the same there"),
-        (there["read-only"], "{} cannot be written; make it writable"),
-        (there["tools"], "{} not there, with which DeepSpeed compiles; install g++"),
-        (
-            [] if there["bundled"] else ["the bundled model's package"],
-            "{} not there; run ./fast_train.sh --setup there",
-        ),
-        ([gpus] if gpus and not on_gpu else [], "it has {} GPU(s), this machine none that PyTorch can use; mend that"),
-        ([gpus] if on_gpu and greatest >= gpus else [], f"it has {{}} GPU(s), so no GPU {greatest}; name those it has"),
-        (
-            [there["refused"]] if there["refused"] else [],
-            f"it does not reach this machine at {there['address']}, port {port} ({{}}); open the firewall, or name in "
-            "MASTER_ADDR the address, and in MASTER_PORT an open port, at which it does",
-        ),
-    )
-    return [text.format(", ".join(map(str, what))) for what, text in found if what]
-
-
-# Variables of the environment that ranks on other nodes get, too. Never secrets: pdsh shows the values in a command.
-EXPORTED = re.compile(
-    r"(NCCL|GLOO|UCX|MV2|MLFLOW|TORCH|PYTORCH|CUDA|TRITON|HF|TRANSFORMERS|TOKENIZERS|OMP|MKL|KMP|DS|LC)_\w+|PYTHON\w*"
-    r"|PATH|LD_LIBRARY_PATH|LD_PRELOAD|LANG|CC|CXX|XDG_CACHE_HOME",
-    re.A,
-)
-NOT_EXPORTED = re.compile(r"CUDA_VISIBLE_DEVICES|DS_ENV_FILE|\w*(TOKEN|PASSWORD|SECRET|KEY)\w*", re.A)
-ENVIRONMENT_FILE = ".deepspeed_env"
-
-
-def exported(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of an environment that ranks on other nodes get, too."""
-    named = {name: value for name, value in environment.items() if EXPORTED.fullmatch(name)}
-    return {name: value for name, value in named.items() if not NOT_EXPORTED.fullmatch(name)}
-
-
-def pdsh_problems() -> list[str]:
-    """Why ranks cannot be started on other nodes from here, whatever those are."""
-    instead = "or start ./fast_train.sh on each node, with NODE_RANK and MASTER_ADDR"
-    problems = [
-        f"{name} is not installed, over which the nodes are started; install it (apt-get install {package}), {instead}"
-        for name, package in (("pdsh", "pdsh"), ("ssh", "openssh-client"))
-        if shutil.which(name) is None
-    ]
-    if shutil.which("pdsh"):
-        version = subprocess.run(["pdsh", "-V"], capture_output=True, text=True).stdout
-        if not re.search(r"rcmd modules:.*\bssh\b", version):
-            problems.append(f"pdsh has no module for ssh; install it (package pdsh-rcmd-ssh), {instead}")
-    for path in (sys.executable, str(PROJECT_DIR)):
-        if re.search(r"[^\w@+=:,./-]", path, re.A):
-            what = "holds characters that a shell on the other nodes takes apart; move it"
-            problems.append(f"the path {path!r} {what}, {instead}")
-    for name, value in exported(os.environ).items():
-        if not value.isprintable():
-            problems.append(f"the variable {name} holds control characters, which do not reach the nodes; unset it")
-    return problems
-
-
-def port_problems(port: int) -> list[str]:
-    """Why the ranks cannot meet on a port of this machine."""
-    try:
-        listening(port).close()
-        return []
-    except OSError as error:
-        what = f"cannot be used on this machine ({os.strerror(error.errno)})"
-    return [f"{describe('master_port', str(port))}: {what}; name a free one, with NODE_RANK the same on every node"]
-
-
-def ready_nodes(args: ScriptArguments, devices: Devices) -> Devices:
-    """The devices, with the address and port of the first node, once every node is found to be as this one.
-
-    Raises:
-        InputError: listing what each node lacks, one line a node.
-    """
-    problems, port = pdsh_problems(), int(args.master_port or 0)
-    if shutil.which("ssh") is None:
-        raise InputError(*problems)
-    request, names = nodes_request(args, devices.on_gpu), tuple(node.name for node in devices.nodes)
-    if port and (taken := port_problems(port)):
-        problems, port = problems + taken, 0
-    answers = ask_nodes(names, json.dumps(request), port)
-    here = look_at_node(request | {"port": 0})
-    for place, (node, (there, why)) in enumerate(zip(devices.nodes, answers, strict=True)):
-        lacks = unlike(node, there, here, devices.on_gpu) if there else [why]
-        if place == 0 and there and there["machine"] != here["machine"]:
-            lacks = ["it is not this machine; start ./fast_train.sh on it, or name this one first"]
-        problems += [f"{variable('gpu_nodes')}: {node.name}: {'; and '.join(lacks)}"] if lacks else []
-    if problems:
-        raise InputError(*problems)
-    second = answers[1][0]
-    return dataclasses.replace(devices, address=second["address"], port=second["port"])
-
-
-MASTER_PORT = 29500  # where each node has its own launcher, none of which can tell the others a free one
-
-
-def meeting_point(args: ScriptArguments, devices: Devices) -> Devices:
-    """The devices with the address and port on which the ranks meet; nodes that are started from here are asked first.
-
-    Raises:
-        InputError: the port is taken, or a node cannot be used.
-    """
-    if devices.nodes and not args.node_rank:
-        return ready_nodes(args, devices)
-    port = int(args.master_port or (MASTER_PORT if devices.nodes else 0))
-    if port and int(args.node_rank or 0) == 0 and (taken := port_problems(port)):
-        raise InputError(*taken)
-    return dataclasses.replace(devices, address=args.master_addr, port=port)
-
-
 def problems_of(check: Callable[..., Any], *arguments: Any) -> tuple[Any, list[str]]:
     """What a check returns, and the problems it raises."""
     try:
@@ -6838,7 +6843,7 @@ def unused_path(folder: Path, name: str) -> Path:
 
 
 # ======================================================================================================================
-# 20 · Sweep — one run for each combination of listed values: which there are, what became of them, how they compare.
+# 21 · Sweep — one run for each combination of listed values: which there are, what became of them, how they compare.
 # ======================================================================================================================
 
 MAX_SWEEP_RUNS, MAX_RUN_NAME = 1000, 200
@@ -7141,7 +7146,7 @@ def show_results(runs: Sequence[SweepRun], failed: Mapping[str, str], pairs: int
 
 
 # ======================================================================================================================
-# 21 · Main — parse, check, build, train, save; or evaluate.
+# 22 · Main — parse, check, build, train, save; or evaluate.
 # ======================================================================================================================
 
 
