@@ -134,7 +134,7 @@ def test_the_whole_is_what_a_run_was_measured_to_take(run):
     assert needed / sizes.GIB == pytest.approx(measured, rel=0.12)
 
 
-@pytest.mark.parametrize(("settings", "measured"), [({"checkpointing": True}, 0.80), ({"guided": False}, 1.45)])
+@pytest.mark.parametrize(("settings", "measured"), [({"checkpointing": True}, 0.80), ({"guided": False}, 1.50)])
 def test_speed_changes_with_the_arithmetic(settings, measured):
     """The README's factors: GRADIENT_CHECKPOINTING=true and ALPHA=0."""
     ratio = sizes.flops_per_pair(SMOLLM2, sizes.Work()) / sizes.flops_per_pair(SMOLLM2, sizes.Work(**settings))
