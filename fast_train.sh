@@ -90,7 +90,7 @@ free_memory() { rm -f ${PORT:+/dev/shm/deepspeed_allreduce_buffer_"$UID"_*_"$POR
 clean_up() { rm -rf ${FILES:+"$FILES"}; free_memory; }
 trap clean_up EXIT
 
-HOSTS=() EXPORTS=() ADDRESS="" NODE=""  # of several nodes: see plan
+HOSTS=() EXPORTS=() HIDDEN=() ADDRESS="" NODE=""  # of several nodes: see plan
 SIGNAL="" STATUS="" GROUP="" START="" OUTPUT="" SWEEP="" RUNS=()
 trap 'stop HUP 129' HUP
 trap 'stop INT 130' INT
@@ -217,7 +217,7 @@ plan() {
   local line name value
   say "checking settings, files and data"
   run "$PYTHON" "$SCRIPT" "$@" --plan true >"$FILES/plan" || exit
-  ENVIRONMENT=() HOSTS=() EXPORTS=()
+  ENVIRONMENT=() HOSTS=() EXPORTS=() HIDDEN=()
   while IFS= read -r line; do
     name="${line%%=*}" value="${line#*=}"
     case "$name" in
@@ -225,6 +225,7 @@ plan() {
       MASTER_PORT) PORT="$value" ;;
       HOST) HOSTS+=("$value") ;;  # a line of the hostfile, where there are several nodes
       EXPORT) EXPORTS+=("$value") ;;  # a variable that the ranks on them get
+      HIDE) HIDDEN+=(-u "$value") ;;  # one that DeepSpeed must not pass on
       ADDRESS) ADDRESS="$value" ;;  # of the first node
       NODE) NODE="$value" ;;  # the number of this one, where each has its own launcher
       DEVICE) DEVICE="$value" ;;
@@ -256,7 +257,8 @@ of_nodes() {
   fi
   printf '%s\n' "${EXPORTS[@]}" "${ENVIRONMENT[@]}" >"$FILES/environment"
   # The flags in one word of plain characters, with the working folder: a shell on each node reads the command again.
-  command=(env --chdir="$PROJECT" "${ENVIRONMENT[@]}" "DS_ENV_FILE=$FILES/environment"
+  # Under nohup bash ignores SIGHUP, and so would all that it starts, but for env's option.
+  command=(env --default-signal=HUP ${HIDDEN[@]+"${HIDDEN[@]}"} --chdir="$PROJECT" "${ENVIRONMENT[@]}" "DS_ENV_FILE=$FILES/environment"
     "PDSH_SSH_ARGS_APPEND=${PDSH_SSH_ARGS_APPEND:-} -oBatchMode=yes -oServerAliveInterval=15 -oServerAliveCountMax=4"
     "${command[@]}" --launcher=pdsh --no_ssh_check "$SCRIPT"
     "--encoded=$(printf '%s\0' "$(pwd -P)" "$@" | gzip -9n | base64 -w0)")
@@ -407,7 +409,7 @@ FLAGS=()
 flags "${GUIDANCE[@]}" "${MODEL[@]}" "${DATA[@]}" "${OPTIMISATION[@]}" "${RUN[@]}" "${DEVICES[@]}"
 if evaluates "$@"; then exec "$PYTHON" "$SCRIPT" "${FLAGS[@]}" "$@" --plan "$DRY_RUN"; fi
 
-FILES="$(mktemp -d)" || fail "no temporary file can be made in ${TMPDIR:-/tmp}: make room there, or name another folder in TMPDIR"
+FILES="$(readlink -f "$(mktemp -d)")" || fail "no temporary file can be made in ${TMPDIR:-/tmp}: make room there, or name another folder in TMPDIR"
 SCRIPTS="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
 plan "${FLAGS[@]}" "$@"
 if [[ -n "$SWEEP" ]]; then

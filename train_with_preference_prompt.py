@@ -779,6 +779,8 @@ def nodes_problems(args: ScriptArguments) -> list[str]:
     """Why the settings of several nodes do not go with each other or with what is done."""
     nodes = describe("gpu_nodes", args.gpu_nodes)
     if args.evaluate_only:
+        if args.hostfile:
+            return [f"{describe('hostfile', args.hostfile)}: an evaluation runs on this machine; empty it"]
         return [f"{nodes}: an evaluation runs on this machine; set it to auto or localhost:0"] * args.on_nodes
     if not args.on_nodes:
         given = [name for name in ("node_rank", "master_addr") if getattr(args, name)]
@@ -4106,7 +4108,8 @@ def deepspeed_config(args: ScriptArguments, on_gpu: bool) -> dict[str, Any]:
     DeepSpeed's own, which is the same for the few parameters of an adapter, would first have to be compiled.
     """
     config = json.loads(args.ds_config_path.read_text(encoding="utf-8"))
-    config |= {part: "auto" for part in BATCH_PARTS if part in config}  # the Trainer counts rows, not pairs
+    config |= {part: "auto" for part in BATCH_PARTS}  # the Trainer counts rows, not pairs
+    config = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}} | config  # ZeRO-3 reads them as it loads
     zero = {"stage": 0, **config.get("zero_optimization", {})}
     if args.zero_stage:
         zero["stage"] = int(args.zero_stage)
@@ -4423,14 +4426,23 @@ class PreferenceGuidedDPOTrainer(Trainer):
                 drop_old_checkpoints(output_dir)
 
     def _save(self, output_dir=None, state_dict=None):
-        """The stock version; PEFT calls the soft prompt's module for its embeddings, which rank 0 alone cannot in ZeRO-3."""
-        if not (self.is_divided and self.settings.trains_prefix):
+        """The stock version, under ZeRO-3 by rank 0 alone, which is given the trained weights whole.
+
+        PEFT calls the soft prompt's module for its embeddings, which one rank alone cannot.
+        """
+        if not self.is_divided:
             return super()._save(output_dir, state_dict)
         config = self.model.peft_config["default"]
-        with whole(self.soft_prompt.parameters()):
-            config.inference_mode = True  # PEFT then takes them from their place
-            super()._save(output_dir, state_dict)
-            config.inference_mode = False
+        with whole(self.soft_prompt.parameters() if self.settings.trains_prefix else ()):
+            if self.is_world_process_zero():
+                usual, config.inference_mode = (
+                    config.inference_mode,
+                    self.settings.trains_prefix or config.inference_mode,
+                )
+                super()._save(
+                    output_dir, state_dict
+                )  # PEFT takes the embeddings of an `inference_mode` from their place
+                config.inference_mode = usual
 
     # --- logging
 
@@ -4811,30 +4823,38 @@ def fitting_settings(
     return fitting
 
 
-def require_memory(trainer: PreferenceGuidedDPOTrainer) -> None:
-    """Tries, under ZeRO-3, the passes of a training step over the forward which has the most tokens.
-
-    A rank that runs out of memory leaves the others in the middle of an exchange of weights: it can only end the run.
+@contextlib.contextmanager
+def or_end(args: ScriptArguments, what: str, device: torch.device, model_alone: bool = False) -> Iterator[None]:
+    """Under ZeRO-3: a rank without memory leaves the others in an exchange of weights, so that it can only end the run.
 
     Raises:
         RankError: saying what to change.
     """
-    args, dataset, world_size = trainer.settings, trainer.train_dataset, trainer.args.world_size
-    pairs = [dataset[index, 1.0] for index in largest_forward(args, dataset, world_size)]
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RankError(memory_problem(args, what, device, model_alone)) from error
+
+
+def require_memory(trainer: PreferenceGuidedDPOTrainer) -> None:
+    """Tries, under ZeRO-3, the passes of a training step over the forward which has the most tokens.
+
+    Raises:
+        RankError: they do not fit into this rank's memory.
+    """
+    args, dataset, device = trainer.settings, trainer.train_dataset, trainer.args.device
+    pairs = [dataset[index, 1.0] for index in largest_forward(args, dataset, trainer.args.world_size)]
     batch = trainer._prepare_inputs(collate_pairs(pairs))
+    batch["ref_logps"] = torch.zeros_like(batch["ref_logps"])  # not known yet
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    device = trainer.args.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    size = f"{describe('pairs_per_forward', args.pairs_per_forward)}: the longest batch, {len(pairs)} pairs,"
+    what = f"{size} does not fit into memory{'; lower it' if len(pairs) > 1 else ''}"
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), or_end(args, what, device):
         trainer.model.train()
-        try:
-            loss = trainer.score(trainer.model, batch, "pref" in args.conditions)["loss"].sum()
-            torch.autograd.grad(loss, trained, allow_unused=True)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            size = f"{describe('pairs_per_forward', args.pairs_per_forward)}: the longest batch, {len(pairs)} pairs,"
-            lower = "; lower it" if len(pairs) > 1 else ""
-            raise RankError(memory_problem(args, f"{size} does not fit into memory{lower}", device)) from error
+        loss = trainer.score(trainer.model, batch, "pref" in args.conditions)["loss"].sum()
+        torch.autograd.grad(loss, trained, allow_unused=True)
     trainer.deepspeed.empty_partition_cache()  # a backward pass beside the engine leaves weights whole
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -4849,11 +4869,12 @@ def memory_problem(args: ScriptArguments, what: str, device: torch.device, model
     activations.
     """
     on_gpu, lora = device.type == "cuda", not args.trains_prefix
-    halved = on_gpu and precision_dtype(args.precision, on_gpu) == torch.float32
+    stage = 2 if args.evaluate_only else zero_of(args)["stage"]
+    halved = on_gpu and stage > 0 and precision_dtype(args.precision, on_gpu) == torch.float32
     remedies = {
         "gradient_checkpointing": ("true", not args.gradient_checkpointing),
         "precision": ("bf16" if has_bf16(on_gpu) else "fp16", halved),
-        "load_in_4bit": ("true", on_gpu and not args.load_in_4bit),
+        "load_in_4bit": ("true", on_gpu and stage < 3 and not args.load_in_4bit),
         "max_length": ("fewer tokens", True),
         "policy_model_path": ("a smaller model", True),
         "lora_target_modules": ("q_proj,v_proj", lora and args.lora_target_modules == "all-linear"),
@@ -4952,14 +4973,14 @@ class RunCallback(TrainerCallback):
         state.compute_steps(args, state.max_steps)  # a checkpoint brings the EVAL_STEPS of the interrupted run
         if args.use_cpu:
             release_shared_memory(args.process_index)
+        if trainer.is_divided:
+            require_memory(trainer)
         fill_reference_logps(trainer, "train", "base", self.cache)
         fill_reference_logps(trainer, "test", "base", self.cache)
         if args.eval_on_start and trainer.settings.starts_as_reference:
             fill_reference_logps(trainer, "test", "pref", self.cache)
         self.parameters_at_start = {}
         check_before_training(trainer)
-        if trainer.is_divided:
-            require_memory(trainer)
         if not trainer.deepspeed.zero_optimization():
             keep_gradient_norm(trainer.deepspeed)
         if state.global_step == 0:
@@ -5395,6 +5416,13 @@ CARD_4_BITS = (
 CARD_MERGED_4_BITS = " The merged weights are what the 4 bits stand for, with the adapter added, and are dense."
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "tokenizers")
+
+
+def packages_of(args: ScriptArguments) -> tuple[str, ...]:
+    """Packages on whose versions a run's numbers depend."""
+    return (*PACKAGES, "bitsandbytes") if args.load_in_4bit else PACKAGES
+
+
 CARD_PROMPT = "How do I keep herbs alive on a windowsill?"
 
 
@@ -5469,8 +5497,7 @@ def card_training(trainer: PreferenceGuidedDPOTrainer) -> dict[str, Any]:
     speeds = [logs[PAIRS_PER_SECOND_TAG] for logs in state.log_history if PAIRS_PER_SECOND_TAG in logs]
     on_gpu = trainer.args.device.type == "cuda"
     place = f"{ranks} × {torch.cuda.get_device_name(trainer.args.device)}" if on_gpu else f"CPU, {ranks} rank(s)"
-    packages = (*PACKAGES, *(["bitsandbytes"] if args.load_in_4bit else []))
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages_of(args))
     return {
         "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "preference": args.preference_text if soft_prompt is None else f"{soft_prompt.num_embeddings} soft embeddings",
@@ -5897,7 +5924,7 @@ def nodes_request(args: ScriptArguments, on_gpu: bool) -> dict[str, Any]:
     same = [PROJECT_DIR / Path(__file__).name, args.ds_config_path, *([expanded(args.hostfile)] * bool(args.hostfile))]
     bundled = (str(BUNDLED_MODEL_DIR / "config.json"), BUNDLED_MODEL_PACKAGE)
     return {
-        "packages": PACKAGES,
+        "packages": packages_of(args),
         "same": [os.path.abspath(path) for path in same],
         "paths": [str(Path.cwd()), *(os.path.abspath(path) for path in inputs if os.path.exists(path))],
         "folders": [os.path.abspath(args.output_path.parent)],
@@ -5953,6 +5980,14 @@ def exported(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables of an environment that ranks on other nodes get, too."""
     named = {name: value for name, value in environment.items() if EXPORTED.fullmatch(name)}
     return {name: value for name, value in named.items() if not NOT_EXPORTED.fullmatch(name)}
+
+
+DEEPSPEEDS_OWN = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # it passes what begins so on by itself, in a command line
+
+
+def kept_from_deepspeed(environment: Mapping[str, str]) -> list[str]:
+    """Variables that DeepSpeed must not see, as it would show their values to everybody on the nodes."""
+    return [name for name in environment if name.startswith(DEEPSPEEDS_OWN) and NOT_EXPORTED.fullmatch(name)]
 
 
 def pdsh_problems() -> list[str]:
@@ -6023,8 +6058,10 @@ def meeting_point(args: ScriptArguments, devices: Devices) -> Devices:
     """
     if devices.nodes and not args.node_rank:
         return ready_nodes(args, devices)
-    port = int(args.master_port or (MASTER_PORT if devices.nodes else 0))
-    if port and int(args.node_rank or 0) == 0 and (taken := port_problems(port)):
+    if not devices.nodes:
+        return devices  # MASTER_PORT may stand in the environment for another program
+    port = int(args.master_port or MASTER_PORT)
+    if int(args.node_rank or 0) == 0 and (taken := port_problems(port)):
         raise InputError(*taken)
     return dataclasses.replace(devices, address=args.master_addr, port=port)
 
@@ -6094,6 +6131,8 @@ def settings_in(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{RUN_SETTINGS} in it is damaged ({error})") from None
     if not isinstance(recorded, dict) or not isinstance(recorded.get("content"), dict):
         raise ValueError(f"{RUN_SETTINGS} in it is damaged (it holds no settings of a run)")
+    if recorded.get("zero_stage") == "":  # of a run from before it could be chosen
+        del recorded["zero_stage"]
     return recorded
 
 
@@ -6751,7 +6790,11 @@ def nodes_settings(args: ScriptArguments, devices: Devices) -> list[str]:
     hosts = [f"HOST={node.name} slots={max(node.slots) + 1}" for node in devices.nodes]
     if args.node_rank:
         return [*hosts, f"ADDRESS={devices.address}", f"NODE={int(args.node_rank)}"]
-    return [*hosts, f"ADDRESS={devices.address}", *(f"EXPORT={line}" for line in exports(os.environ))]
+    passed = [
+        *(f"EXPORT={line}" for line in exports(os.environ)),
+        *(f"HIDE={name}" for name in kept_from_deepspeed(os.environ)),
+    ]
+    return [*hosts, f"ADDRESS={devices.address}", *passed]
 
 
 def launch_settings(args: ScriptArguments, devices: Devices) -> str:
@@ -7375,7 +7418,7 @@ def require_equal_nodes(
     content = recorded_settings(args, devices, pairs)["content"] | content
     for what, path in (("the program", Path(__file__)), ("the file of DS_CONFIG", args.ds_config_path)):
         content[what] = hashlib.sha256(path.read_bytes()).hexdigest()
-    content |= {f"the version of {name}": importlib.metadata.version(name) for name in PACKAGES}
+    content |= {f"the version of {name}": importlib.metadata.version(name) for name in packages_of(args)}
     everyone = of_every_rank((this_node(devices), settings, content))
     first, *expected = everyone[0]
     problems = {}  # each once, in order
@@ -7412,6 +7455,7 @@ def is_one_folder(folder: Path, devices: Devices, is_first: bool) -> bool:
     seen = dict(of_every_rank((this_node(devices), [name for name, file in files.items() if file.exists()])))
     if is_first:
         mine.unlink()
+    torch.distributed.barrier()  # before any rank moves the folder
     if (shared := shared_by_all(seen)) is None:
         groups = " and of ".join(dict.fromkeys(", ".join(names) for names in seen.values()))
         what = f"is one folder of {groups}; name one that all share, or that none shares with another"
@@ -7609,11 +7653,15 @@ def build_policy_in_memory(
 
     Raises:
         InputError: it does not fit there, on some rank.
+        RankError: the same of this rank, where the model is divided.
     """
-    with computable(model):
-        fit, built = within_memory(device, lambda: build_policy(args, model.to(device), start, dataset))
+    what = "the model does not fit into memory"
+    if any(map(is_divided, model.parameters())):
+        with computable(model), or_end(args, what, device, model_alone=True):
+            return build_policy(args, model.to(device), start, dataset)
+    fit, built = within_memory(device, lambda: build_policy(args, model.to(device), start, dataset))
     if not fit:
-        raise InputError(memory_problem(args, "the model does not fit into memory", device, model_alone=True))
+        raise InputError(memory_problem(args, what, device, model_alone=True))
     return built
 
 

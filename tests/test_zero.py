@@ -387,8 +387,19 @@ def test_a_configuration_of_ones_own_is_honoured(tmp_path):
     zero = {"stage": 3, "stage3_prefetch_bucket_size": 1000, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}
     parts = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": True, "steps_per_print": 7}
     args = parse([*own(tmp_path, **parts), "--zero_stage=3", "--offload=optimizer"])
-    assert T.deepspeed_config(args, on_gpu=True) == parts
+    left_out = {part: "auto" for part in T.BATCH_PARTS} | {kind: {"enabled": "auto"} for kind in ("bf16", "fp16")}
+    assert T.deepspeed_config(args, on_gpu=True) == left_out | parts
     assert T.ds_config_problems(args, T.Devices("localhost:0", 1, on_gpu=False)) == []
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_configuration_may_leave_out_what_the_arguments_say(stage, tiny_run, tmp_path):
+    """Batch sizes, clipping and precision; ZeRO-3 needs them as it loads, the gradient's norm needs the clipping."""
+    config = tmp_path / "own.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    result = train({**tiny_run, "NUM_EPOCHS": "0.5", "DS_CONFIG": str(config)}, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert all(norm > 0 for norm in series(tmp_path, "optim/grad_norm"))
 
 
 def test_a_configuration_without_a_stage_takes_the_one_that_is_set(tmp_path):
