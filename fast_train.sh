@@ -194,7 +194,7 @@ set_up_python() {
 
 # DeepSpeed compiles a small C++ communication library at its first start on a CPU.
 check_compiler() {
-  local folder="${TORCH_EXTENSIONS_DIR:-${HOME:-}/.cache/torch_extensions}"
+  local folder="${TORCH_EXTENSIONS_DIR:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/torch_extensions}"
   [[ -z "$(find "$folder" -path '*deepspeed_shm_comm/*.so' -print -quit 2>/dev/null)" ]] || return 0
   command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler (${CXX:-c++}) was found; DeepSpeed needs one on a CPU: install g++, or name yours in CXX"
   say "DeepSpeed compiles its CPU communication library at this first start (once, about 90 s)"

@@ -366,7 +366,9 @@ def page() -> str:
         *(f"### {title}\n\n{settings_table(*setting)}" for title, setting in SETTINGS.items()),
         f"## Pairs per second, `MAX_LENGTH={usual.max_length}`, `LORA_R={usual.lora_r}`",
         "The fastest way that fits: bf16 unless 4-bit is named; `checkpointing` is `GRADIENT_CHECKPOINTING=true`, "
-        "`1 pair a\nforward` is `PAIRS_PER_FORWARD=1`, `4-bit` is `LOAD_IN_4BIT=true`, `ZeRO-3` is `ZERO_STAGE=3`.",
+        "`1 pair a\nforward` is `PAIRS_PER_FORWARD=1`, `4-bit` is `LOAD_IN_4BIT=true`, `ZeRO-3` is `ZERO_STAGE=3`, and ZeRO-2 the default.\n"
+        "Shorter pairs are faster. Across machines 4-bit may be faster than to gather a divided base. Where nothing fits,\n"
+        "`ZERO_STAGE=3 OFFLOAD=parameters` may still, slowly: that is not computed here.",
         *(speed_table(name, usual) for name in HARDWARE),
         "## Memory per GPU in GiB",
         f"With `MAX_LENGTH={usual.max_length}`, `LORA_R={usual.lora_r}`, {usual.pairs_per_forward} pairs in a forward; "
