@@ -4310,8 +4310,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
         self.settings, self.first_scores, self.soft_prompt = settings, first_scores, soft_prompt
         self.start_weights: dict[str, torch.Tensor] | None = None  # of a continued adapter; a fresh one's is "off"
         if settings.adapter_path:
-            named = model.named_parameters()
-            self.start_weights = {name: p.detach().clone() for name, p in named if p.requires_grad}
+            self.start_weights = trained_values(model)
         self.end_scores: dict[str, torch.Tensor] = {}  # (P, 2) of the first test pairs, by what was trained
         self.train_metrics, self.step_seconds = MetricSums(), 0.0
         self.update_indices: list[int] = []  # places in the data set of the update's pairs, this rank's share

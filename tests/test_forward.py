@@ -173,6 +173,26 @@ def test_a_frozen_heads_logits_exist_once(model, tokenized, monkeypatch):
     assert max(shapes) == 7 and len(shapes) == before == math.ceil(pack(tokenized).target_ids.numel() / 7)
 
 
+def compare_with_peft(policy, tokenized, adapter_on, speed_up) -> torch.Tensor:
+    """Log-probabilities after `speed_up()`; these and the gradients must be those of PEFT's own layers before it."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+
+    def score():
+        with contextlib.nullcontext() if adapter_on else policy.disable_adapter():
+            logps = T.policy_logps(policy, pack(tokenized))
+        return logps, torch.autograd.grad(logps[:, 0].sum() - logps[:, 1].sum(), trained) if adapter_on else []
+
+    logps, gradients = score()
+    speed_up()
+    fast_logps, fast_gradients = score()
+    torch.testing.assert_close(fast_logps, logps, **CLOSE)
+    for fast, slow in zip(fast_gradients, gradients, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5 * slow.abs().max().item())
+    if adapter_on:
+        assert max(gradient.abs().max() for gradient in gradients) > 0.1
+    return fast_logps
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("adapter_on", "checkpointed"), [(True, True), (True, False), (False, False)])
 def test_lora_layers_compute_what_pefts_do(model, tokenized, training, adapter_on, checkpointed):
@@ -182,21 +202,7 @@ def test_lora_layers_compute_what_pefts_do(model, tokenized, training, adapter_o
     for parameter in policy.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.05)
-    trained = [p for p in policy.parameters() if p.requires_grad]
-
-    def score():
-        with contextlib.nullcontext() if adapter_on else policy.disable_adapter():
-            logps = T.policy_logps(policy, pack(tokenized))
-        return logps, torch.autograd.grad(logps[:, 0].sum() - logps[:, 1].sum(), trained) if adapter_on else []
-
-    logps, gradients = score()
-    T.speed_up_adapter(policy, checkpointed)
-    fast_logps, fast_gradients = score()
-    torch.testing.assert_close(fast_logps, logps, **CLOSE)
-    for fast, slow in zip(fast_gradients, gradients, strict=True):
-        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5 * slow.abs().max().item())
-    if adapter_on:
-        assert max(gradient.abs().max() for gradient in gradients) > 0.1
+    compare_with_peft(policy, tokenized, adapter_on, lambda: T.speed_up_adapter(policy, checkpointed))
 
 
 def test_lora_dropout(monkeypatch):

@@ -16,6 +16,8 @@ from conftest import HAS_GPU, PROJECT, VISIBLE, free_port, history, launch, outp
 from test_around import sabotaged
 from test_memory import LOWERED
 
+import train_with_preference_prompt as T
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="there is no NVIDIA GPU (/dev/nvidiactl)")]
 
 EXACT = {"LORA_DROPOUT": "0", "PRECISION": "fp32"}
@@ -126,9 +128,8 @@ def test_a_resumed_run_goes_on_as_the_whole_one(tiny_run, tmp_path):
     on_gpu(variables, tmp_path)
     whole = {tag: series(tmp_path, tag) for tag in ("loss/train", "loss/eval")}
     output = output_of(tmp_path)
-    newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    (output / "README.md").unlink()
-    (newest / "complete.json").unlink()
+    (output / T.MODEL_CARD).unlink()
+    (T.newest_checkpoint(output) / T.CHECKPOINT_FILES).unlink()
     resumed = on_gpu({**variables, "RESUME": "true"}, tmp_path)
     assert "resumed from checkpoint-" in resumed.stderr
     for tag, values in whole.items():

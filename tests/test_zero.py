@@ -162,6 +162,17 @@ def test_zero_3_with_activations_computed_again_on_two_ranks(mode, alone, variab
     assert_the_same_training(tmp_path, alone(mode))
 
 
+def two_ranks_train_as_one(variables, changed, divided, tmp_path) -> Path:
+    """Where two ranks with settings of ZeRO trained in text mode as one rank without them did."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    finished(train({**variables("text"), **changed}, one))
+    both_finished({**variables("text", 2), **changed, **divided}, two)
+    assert_the_same_training(two, one)
+    return two
+
+
 @pytest.mark.slow
 @ranked
 def test_zero_3_with_untied_embeddings_and_an_adapted_head(variables, zero, tokenizer, tmp_path):
@@ -169,12 +180,7 @@ def test_zero_3_with_untied_embeddings_and_an_adapted_head(variables, zero, toke
     make_model("qwen2", len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     named = {"POLICY_MODEL_PATH": str(tmp_path / "model"), "LORA_TARGET_MODULES": "q_proj,v_proj,lm_head"}
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-    finished(train({**variables("text"), **named}, one))
-    both_finished({**variables("text", 2), **named, **zero("3")}, two)
-    assert_the_same_training(two, one)
+    two = two_ranks_train_as_one(variables, named, zero("3"), tmp_path)
     assert_all_is_saved(two, "text", named["POLICY_MODEL_PATH"])
 
 
@@ -184,12 +190,7 @@ def test_zero_3_with_untied_embeddings_and_an_adapted_head(variables, zero, toke
 def test_zero_3_continues_an_adapter(reference, alone, variables, zero, tmp_path):
     """Also where the reference is the adapter as it was, whose values are put in place of the trained ones for a time."""
     of_adapter = {"ADAPTER_PATH": str(output_of(alone("text"))), "ADAPTER_REFERENCE": reference}
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-    finished(train({**variables("text"), **of_adapter}, one))
-    both_finished({**variables("text", 2), **of_adapter, **zero("3")}, two)
-    assert_the_same_training(two, one)
+    two_ranks_train_as_one(variables, of_adapter, zero("3"), tmp_path)
 
 
 @pytest.mark.slow
