@@ -43,6 +43,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import random
@@ -100,6 +101,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
@@ -3350,6 +3352,8 @@ def tree_attention(
     needed = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if needed or attention_mask is not None:
         raise NotImplementedError(f"attention with {', '.join(needed) or 'a mask'} is not supported in packed trees")
+    if dropout == 0 and has_flash_attention(query, value):
+        return flash_attention(query, key, value, scaling, trees), None
     attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout)
     groups = query.shape[1] // key.shape[1]  # query heads that share a key head
     # Each tree in two parts: trunk and chosen branch, which are one causal sequence, and the rejected branch.
@@ -3366,6 +3370,57 @@ def tree_attention(
             mask = lower_right_mask(sizes[branch], seen_keys)
             outputs.append(attend(queries[branch], seen_keys, seen_values, attn_mask=mask))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def has_flash_attention(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether FlashAttention-2 computes with these: half precision on an NVIDIA GPU since Ampere, usual head sizes."""
+    size = query.shape[-1]
+    is_half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    fits = size == value.shape[-1] and size % 8 == 0 and size <= 192
+    return is_half and fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, trees: Sequence[Tree]
+) -> torch.Tensor:
+    """`tree_attention` (1, T, query heads, head size) of all trees in one call (arXiv 2307.08691).
+
+    Each tree is two sequences of queries, as they lie in the row: trunk and chosen branch, and the rejected branch. The
+    keys of the second are the trunk's, once more, and its own; the causal mask is aligned at the sequences' ends.
+    """
+    sequences = TreeSequences.of(tuple(trees), query.device)
+    keys, values = (states[0].transpose(0, 1).index_select(0, sequences.keys) for states in (key, value))
+    bounds = sequences.query_bounds, sequences.key_bounds, sequences.max_queries, sequences.max_keys
+    causal = {"window_size": (-1, 0), "scale": scaling, "enable_gqa": True}
+    return varlen_attn(query[0].transpose(0, 1), keys, values, *bounds, **causal)[None]
+
+
+class TreeSequences(NamedTuple):
+    """The N sequences of `flash_attention` in a row of trees."""
+
+    keys: torch.Tensor  # (K,) where in the row the keys of each sequence are, one after another
+    query_bounds: torch.Tensor  # (N + 1,) int32, where in the row each begins, and its end
+    key_bounds: torch.Tensor  # (N + 1,) int32, the same in `keys`
+    max_queries: int
+    max_keys: int
+
+    @classmethod
+    @functools.lru_cache(maxsize=2)  # the same for all layers; a policy's and its teacher's rows take turns
+    def of(cls, trees: tuple[Tree, ...], device: torch.device) -> "TreeSequences":
+        keys, ends, key_counts = [], [], []
+        for tree in trees:
+            trunk, path = range(tree.start, tree.chosen_start), range(tree.start, tree.rejected_start)
+            branch = range(tree.rejected_start, tree.end)
+            for queries, seen in ((path, [*path]), (branch, [*trunk, *branch])):
+                if queries:  # an answer of one token has none
+                    keys += seen
+                    ends.append(queries.stop)
+                    key_counts.append(len(seen))
+        starts = [trees[0].start, *ends]
+        key_bounds = [0, *itertools.accumulate(key_counts)]
+        bounds = (torch.tensor(values, dtype=torch.int32, device=device) for values in (starts, key_bounds))
+        longest = max(map(operator.sub, ends, starts)), max(key_counts)
+        return cls(torch.tensor(keys, device=device), *bounds, *longest)
 
 
 def lower_right_mask(num_queries: int, key: torch.Tensor) -> torch.Tensor:
@@ -3433,10 +3488,13 @@ def chunked_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) 
 
 
 class Dropout(NamedTuple):
-    """Which entries of the input (T, C) of adapters are dropped: 16 random bits each, below a limit."""
+    """Which entries of the input (T, C) of adapters are dropped, in the fewest passes over memory.
 
-    noise: torch.Tensor | None = None  # (T, C) int16; None drops nothing
-    dropped: int = 0  # of the 2¹⁶ values
+    On a CPU, where drawing costs most: 16 random bits each, below a limit. On a GPU a mask.
+    """
+
+    noise: torch.Tensor | None = None  # (T, C) int16, or bool, True where kept; None drops nothing
+    share: float = 0.0  # that is dropped, on a CPU in 2⁻¹⁶
 
     @classmethod
     def drawn(cls, x: torch.Tensor, stock: nn.Module) -> "Dropout":
@@ -3444,20 +3502,36 @@ class Dropout(NamedTuple):
         share = getattr(stock, "p", 0.0) if stock.training else 0.0
         if share == 0:
             return cls()
+        if x.is_cuda:
+            mask = torch.empty(x.numel() // x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device)
+            return cls(mask.bernoulli_(1 - share), share)
         words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
         bits = words.random_(-(2**63), None).view(torch.int16)
-        return cls(bits[: x.numel()].view(-1, x.shape[-1]), min(round(share * 2**16), 2**16 - 1))
+        return cls(bits[: x.numel()].view(-1, x.shape[-1]), min(round(share * 2**16), 2**16 - 1) / 2**16)
 
     def of(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows (T, C) with 0 where they are dropped; what is kept is not scaled."""
-        return rows if self.noise is None else self.kept(rows.dtype).mul_(rows)
+        if self.noise is None:
+            return rows
+        return self.masked(rows) if self.noise.dtype == torch.bool else self.kept(rows.dtype).mul_(rows)
 
     def of_(self, rows: torch.Tensor) -> torch.Tensor:
-        """The same in place."""
-        return rows if self.noise is None else rows.mul_(self.kept(rows.dtype))
+        """The same, of rows that nobody else needs."""
+        if self.noise is None:
+            return rows
+        return self.masked(rows) if self.noise.dtype == torch.bool else rows.mul_(self.kept(rows.dtype))
+
+    def masked(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.native_dropout_backward(rows, self.noise, 1.0)  # a product with a mask, in one pass
 
     def kept(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.ge(self.noise, self.dropped - 2**15, out=torch.empty_like(self.noise, dtype=dtype))
+        limit = round(self.share * 2**16) - 2**15
+        return torch.ge(self.noise, limit, out=torch.empty_like(self.noise, dtype=dtype))
+
+
+def joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """`torch.cat` that does not copy a single tensor."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def frozen_linear(
@@ -3482,8 +3556,8 @@ class LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, dropout, scalings, states, *parameters):  # (T, in)
         weights, biases, a, b = (parameters[kind::4] for kind in range(4))
-        ctx.dropped, ctx.scalings, ctx.states, ctx.ranks = dropout.dropped, scalings, states, list(map(len, a))
-        narrow = dropout.of(rows) @ torch.cat(a).T  # (T, sum of ranks)
+        ctx.share, ctx.scalings, ctx.states, ctx.ranks = dropout.share, scalings, states, list(map(len, a))
+        narrow = dropout.of(rows) @ joined(a).T  # (T, sum of ranks)
         ctx.save_for_backward(rows, narrow, dropout.noise, *parameters)
         frozen = (frozen_linear(rows, *layer) for layer in zip(weights, states, biases, strict=True))
         layers = zip(frozen, b, narrow.split(ctx.ranks, dim=1), scalings, strict=True)
@@ -3493,14 +3567,14 @@ class LoRALinears(torch.autograd.Function):
     def backward(ctx, *grads):  # (T, outᵢ)
         rows, narrow, noise, *parameters = ctx.saved_tensors
         weights, biases, a, b = (parameters[kind::4] for kind in range(4))
-        dropout = Dropout(noise, ctx.dropped)
+        dropout = Dropout(noise, ctx.share)
         layers = list(zip(grads, b, narrow.split(ctx.ranks, dim=1), ctx.scalings, strict=True))
-        grad_narrow = torch.cat([(grad @ b).mul_(s) for grad, b, _, s in layers], dim=1)  # (T, sum of ranks)
+        grad_narrow = joined([(grad @ b).mul_(s) for grad, b, _, s in layers], dim=1)  # (T, sum of ranks)
         grad_a = (grad_narrow.T @ dropout.of(rows)).split(ctx.ranks)
         grad_b = [(grad.T @ part).mul_(s) for grad, _, part, s in layers]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = dropout.of_(grad_narrow @ torch.cat(a))
+            grad_x = dropout.of_(grad_narrow @ joined(a))
             for grad, w, state in zip(grads, weights, ctx.states, strict=True):
                 grad_x.addmm_(grad, dequantised(w, state))
         of_layers = ((None, None, *of_layer) for of_layer in zip(grad_a, grad_b, strict=True))
@@ -3534,7 +3608,7 @@ class LoRAGroup:
                 *(layer.lora_A["default"].weight, layer.lora_B["default"].weight),
             )
         ]
-        scalings = [layer.scaling["default"] / (1 - dropout.dropped / 2**16) for layer in self.layers]
+        scalings = [layer.scaling["default"] / (1 - dropout.share) for layer in self.layers]
         states = [quant_state(layer.base_layer) for layer in self.layers]
         outputs = LoRALinears.apply(x.flatten(0, -2), dropout, scalings, states, *parameters)
         return [output.view(*x.shape[:-1], -1) for output in outputs]
@@ -3574,6 +3648,21 @@ def gated_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return mlp.down_proj(product)
 
 
+# Classes of transformers whose forward is weight * (x / √(mean(x²) + ε)), computed in fp32.
+RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+
+
+def fuse_norms(model: PreTrainedModel) -> None:
+    """Lets norms be computed by PyTorch's own kernel: on a GPU one pass over memory for seven, and only x is kept."""
+
+    def forward(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+    for module in model.modules():
+        if type(module).__name__ in RMS_NORMS:
+            module.forward = functools.partial(forward, module)
+
+
 READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -3585,7 +3674,7 @@ def adapts_linear(module: nn.Module) -> bool:
     return is_dense or quant_state(module.base_layer) is not None
 
 
-def speed_up_adapter(policy: PeftModel, checkpointed: bool) -> None:
+def speed_up(policy: PeftModel, checkpointed: bool) -> None:
     """Lets the LoRA layers of frozen linear ones be computed by `LoRALinears`; others stay as PEFT has them.
 
     Args:
@@ -3599,6 +3688,21 @@ def speed_up_adapter(policy: PeftModel, checkpointed: bool) -> None:
                 layer.forward = functools.partial(group, layer, layer.forward)
         if type(parent).__name__ in GATED_MLPS and parent.config.hidden_act == "silu" and not checkpointed:
             parent.forward = functools.partial(gated_forward, parent)
+    switch_at_once(policy)
+
+
+def switch_at_once(policy: PeftModel) -> None:
+    """Lets `train` and `eval`, which every update calls, go through a list: PyTorch's walk takes as long as a layer."""
+    modules = list(policy.modules())
+    if any(type(module).train not in (nn.Module.train, PreTrainedModel.train) for module in modules):
+        return  # it does more than to set the mode
+
+    def train(mode: bool = True) -> PeftModel:
+        for module in modules:
+            module.__dict__["training"] = mode
+        return policy
+
+    policy.train = train
 
 
 def model_inputs(
@@ -5189,8 +5293,9 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """
     aside = folder / ".adapter"  # PEFT adds a card of its own, which would mark the end
     shutil.rmtree(aside, ignore_errors=True)  # of an interrupted save
-    model.save_pretrained(aside, safe_serialization=False)
-    model.save_pretrained(aside, safe_serialization=True)
+    model.save_pretrained(aside)
+    tensors, binary = (aside / name for name in ADAPTER_FILES)
+    torch.save(load_file(tensors), binary)  # from the CPU: PEFT's own would need the GPU to be opened
     mode = (aside / ADAPTER_CONFIG).stat().st_mode
     for file in aside.glob("adapter_*"):
         file.chmod(mode)  # safetensors writes for this user's eyes only
@@ -5204,7 +5309,7 @@ def verify_adapter(model: PeftModel, folder: Path) -> None:
     state = get_peft_model_state_dict(model)
     tensors, binary = (folder / name for name in ADAPTER_FILES)
     require_equal(state, load_file(tensors), tensors)
-    require_equal(state, torch.load(binary, weights_only=True), binary)
+    require_equal(state, torch.load(binary, "cpu", weights_only=True), binary)
     saved, used = (config.to_dict() for config in (PeftConfig.from_pretrained(folder), model.peft_config["default"]))
     if any(saved[name] != used[name] for name in saved.keys() - {"inference_mode"}):
         raise SelfCheckError(f"{folder / ADAPTER_CONFIG} differs from the adapter that was trained")
@@ -5371,7 +5476,7 @@ def merge_policy(trainer: PreferenceGuidedDPOTrainer, folder: Path) -> None:
     """
     merged = merged_model(trainer.model)
     save_merged(merged, folder)
-    require_equal(merged.state_dict(), torch.load(folder / MERGED_WEIGHTS, weights_only=True, mmap=True), folder)
+    require_equal(merged.state_dict(), torch.load(folder / MERGED_WEIGHTS, "cpu", weights_only=True, mmap=True), folder)
     policy = trainer.end_scores["base"].cpu()
     batch = first_batch(trainer.eval_dataset, len(policy))
     scored = teacher_logps(merged, batch["base"].to(merged.device)).cpu()
@@ -7200,6 +7305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     # The libraries call their own deprecated names, and accelerate compares a default with DeepSpeed's setting.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # every rank has set its own
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     flags, lists, problems = read_flags(argv)
     if lists and (flags.plan or flags.sweep_table) and not flags.evaluate_only:
@@ -7612,6 +7718,9 @@ def build_policy(
     elif start is not None:
         soft_prompt = soft_prompt_from(model, start)
     enable_packed_forward(model, soft_prompt)
+    is_whole = not any(map(is_divided, model.parameters()))
+    if is_whole and model.device.type == "cuda":
+        fuse_norms(model)
     batch = first_batch(dataset, min(args.pairs_per_forward, CHECKED_PAIRS))
     rows = {condition: batch[condition].to(model.device) for condition in ("base", "pref")}
     base_logps = {condition: teacher_logps(model, row) for condition, row in rows.items()}
@@ -7624,8 +7733,8 @@ def build_policy(
     policy, start_logps = add_adapter(model, args), base_logps
     if args.adapter_path:
         start_logps = {condition: teacher_logps(policy, row) for condition, row in rows.items()}
-    if not any(map(is_divided, model.parameters())):  # those are whole in their own module's call alone, as PEFT has it
-        speed_up_adapter(policy, args.gradient_checkpointing)
+    if is_whole:  # what is divided is so in its own module's call alone, as PEFT has it
+        speed_up(policy, args.gradient_checkpointing)
     return policy, soft_prompt, FirstScores(base_logps, start_logps)
 
 

@@ -18,7 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["REFERENCE_CACHE"] = "off"  # no test writes into the home; every run through the launcher reads this
 
 # Where there is a GPU, all tests but those marked `gpu` are of the CPU all the same; these get it back (test_gpu.py).
-HAS_GPU, VISIBLE = Path("/dev/nvidiactl").exists(), os.environ.get("CUDA_VISIBLE_DEVICES")
+# pytest-xdist's workers inherit what the first process has set, hence the other name for what it was given.
+HAS_GPU = Path("/dev/nvidiactl").exists()
+VISIBLE = os.environ.setdefault("VISIBLE_TO_GPU_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 if HAS_GPU:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

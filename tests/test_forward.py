@@ -114,7 +114,7 @@ def test_checkpointed_layers_drop_the_same_entries(model, tokenized):
         T.enable_packed_forward(fresh)
         torch.manual_seed(0)
         policy = T.add_adapter(fresh, T.ScriptArguments(lora_dropout=0.3)).train()
-        T.speed_up_adapter(policy, checkpointed)
+        T.speed_up(policy, checkpointed)
         trained = [p for p in policy.parameters() if p.requires_grad]
         for parameter in trained:
             nn.init.normal_(parameter, std=0.05)
@@ -202,7 +202,7 @@ def test_lora_layers_compute_what_pefts_do(model, tokenized, training, adapter_o
     for parameter in policy.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.05)
-    compare_with_peft(policy, tokenized, adapter_on, lambda: T.speed_up_adapter(policy, checkpointed))
+    compare_with_peft(policy, tokenized, adapter_on, lambda: T.speed_up(policy, checkpointed))
 
 
 def test_lora_dropout(monkeypatch):

@@ -24,14 +24,13 @@ EXACT = {"LORA_DROPOUT": "0", "PRECISION": "fp32"}
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """That of a process which sees the GPUs that the tests were started with."""
-    inherited = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    return inherited | ({} if VISIBLE is None else {"CUDA_VISIBLE_DEVICES": VISIBLE}) | variables
+    """That of a process which sees the GPUs that the tests were started with, or the first."""
+    return os.environ | {"CUDA_VISIBLE_DEVICES": VISIBLE} | variables
 
 
 def on_gpu(variables: dict[str, str], cwd: Path) -> subprocess.CompletedProcess:
-    """A run through ./fast_train.sh on the first GPU."""
-    given = {"GPU_NODES": "localhost:0", "CUDA_VISIBLE_DEVICES": VISIBLE if VISIBLE is not None else "0", **variables}
+    """A run through ./fast_train.sh on the first GPU that the tests may see."""
+    given = {"GPU_NODES": "localhost:0", "CUDA_VISIBLE_DEVICES": VISIBLE, **variables}
     result = launch(given, cwd=cwd, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "1 GPU(s), localhost:0" in result.stderr
@@ -122,6 +121,38 @@ def test_a_gpu_gives_the_losses_of_a_cpu(mode, stage, soft, tiny_run, tmp_path):
         assert series(folders["bf16"], tag) == pytest.approx(expected, rel=0.1, abs=0.05), tag
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"LOAD_IN_4BIT": "true"}, {"OFFLOAD": "optimizer"}, {"ZERO_STAGE": "3", "OFFLOAD": "both"}],
+    ids=["4-bit", "offloaded optimizer", "offloaded model"],
+)
+def test_less_memory_changes_nothing(given, tiny_run, tmp_path):
+    """The losses of a CPU with the same settings: its base is in 4 bits too, or what lies in its memory already."""
+    variables = {**tiny_run, **EXACT, **given}
+    folders = {name: tmp_path / name for name in ("cpu", "gpu")}
+    for folder in folders.values():
+        folder.mkdir()
+    expected = train(variables, folders["cpu"])
+    assert expected.returncode == 0, expected.stderr[-3000:]
+    on_gpu(variables, folders["gpu"])
+    for tag in ("loss/train", "loss/eval"):
+        assert series(folders["gpu"], tag) == pytest.approx(series(folders["cpu"], tag), rel=5e-3), tag
+
+
+def test_fp16_learns(tiny_run, tmp_path):
+    """The first evaluation is that of fp32; from there on updates are left out until the loss scale fits."""
+    variables = {**tiny_run, "LORA_DROPOUT": "0", "NUM_EPOCHS": "4", "LEARNING_RATE": "3e-3"}
+    folders = {name: tmp_path / name for name in ("fp32", "fp16")}
+    for precision, folder in folders.items():
+        folder.mkdir()
+        on_gpu({**variables, "PRECISION": precision}, folder)
+    losses = series(folders["fp16"], "loss/eval")
+    assert losses[0] == pytest.approx(series(folders["fp32"], "loss/eval")[0], rel=1e-2)
+    assert losses[-1] < 0.9 * losses[0]
+    weights = torch.load(output_of(folders["fp16"]) / "pytorch_model.bin", weights_only=True, map_location="cpu")
+    assert weights["model.norm.weight"].dtype == torch.float16
+
+
 def test_a_resumed_run_goes_on_as_the_whole_one(tiny_run, tmp_path):
     """A GPU adds in any order, hence no equality of bits."""
     variables = {**tiny_run, **EXACT}
@@ -140,7 +171,7 @@ def test_a_resumed_run_goes_on_as_the_whole_one(tiny_run, tmp_path):
 
 
 def test_the_trees_attention_on_a_gpu_is_the_cpus(tmp_path):
-    """Log-probabilities and gradients; grouped-query attention with a head size that the fast kernels take."""
+    """Log-probabilities and gradients, in bf16 by FlashAttention and by PyTorch's attention of each tree."""
     found = run_script(
         """
         from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -150,23 +181,31 @@ def test_the_trees_attention_on_a_gpu_is_the_cpus(tmp_path):
         model = T.enable_packed_forward(Qwen2ForCausalLM(config)).eval()
         draw = lambda n: torch.randint(0, 512, (n,)).tolist()
         row = T.pack_row([(draw(70), draw(40), draw(1)), (draw(5), draw(130), draw(90)), (draw(300), draw(9), draw(33))])
-        found = {}
-        for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
+        found, calls, flash, has_flash = {}, [], T.flash_attention, T.has_flash_attention
+        T.flash_attention = lambda *x: calls.append(x[0].dtype) or flash(*x)
+        for device, dtype, fast in (
+            ("cpu", torch.float32, True), ("cuda", torch.float32, True), ("cuda", torch.bfloat16, False),
+            ("cuda", torch.bfloat16, True),
+        ):
+            T.has_flash_attention = has_flash if fast else lambda *x: False
             model.to(device=device, dtype=dtype).zero_grad()
             logps = T.policy_logps(model, row.to(torch.device(device)))
             logps.sum().backward()
             gradient = model.model.layers[0].self_attn.q_proj.weight.grad.float()
-            found[f"{device} {dtype}"] = [logps.flatten().tolist(), gradient.norm().item(), row.target_ids.numel()]
+            name = f"{device} {dtype}{'' if fast else ' by tree'}"
+            found[name] = [logps.flatten().tolist(), gradient.norm().item()]
+        assert calls == [torch.bfloat16] * 2, calls  # one a layer
         print(json.dumps(found))
         """,
         tmp_path,
     )
-    exact, norm, tokens = found["cpu torch.float32"]
+    exact, norm = found["cpu torch.float32"]
     assert found["cuda torch.float32"][0] == pytest.approx(exact, rel=1e-3)
     assert found["cuda torch.float32"][1] == pytest.approx(norm, rel=1e-2)
     # bf16 has 8 bits: about 2⁻⁸ of the logits' size a token, so that sums over up to 130 tokens are off by nats.
-    assert found["cuda torch.bfloat16"][0] == pytest.approx(exact, rel=2e-2)
-    assert found["cuda torch.bfloat16"][1] == pytest.approx(norm, rel=0.1)
+    for by in ("", " by tree"):
+        assert found["cuda torch.bfloat16" + by][0] == pytest.approx(exact, rel=2e-2), by
+        assert found["cuda torch.bfloat16" + by][1] == pytest.approx(norm, rel=0.1), by
 
 
 LIMIT = """

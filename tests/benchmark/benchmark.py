@@ -439,7 +439,7 @@ class Worker:
 
     def __init__(self, side: str, work: dict[str, Any]):
         command = [sys.executable, __file__, "--worker", side, "--work", json.dumps(work)]
-        self.side, self.log = side, Path(work["folder"], f"{side}.log")
+        self.side, self.log, self.is_ready = side, Path(work["folder"], f"{side}.log"), False
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log.open("w")}
         self.process = subprocess.Popen(command, text=True, bufsize=1, **pipes)
 
@@ -458,19 +458,35 @@ class Worker:
         self.process.kill()
         self.process.wait()
 
+    def wait(self) -> None:
+        """Until it is ready for its next turn."""
+        if not self.is_ready:
+            self.answer("ready")
+        self.is_ready = True
+
     def turn(self, *names: str) -> dict[str, float]:
         """Waits until it is ready, lets it go, and returns what it says of these."""
-        self.answer("ready")
+        self.wait()
+        self.is_ready = False
         print("go", file=self.process.stdin)
         return self.answer(*names)
 
 
-def measure(work: dict[str, Any], rounds: int, repeats: int, sides: Sequence[str]) -> dict[str, Any]:
-    """Medians over the updates: side → pairs and tokens per second and peak memory."""
+def measure(
+    work: dict[str, Any], rounds: int, repeats: int, sides: Sequence[str], together: bool = False
+) -> dict[str, Any]:
+    """Medians over the updates: side → pairs and tokens per second and peak memory.
+
+    Args:
+        together: whether all sides get ready at the same time, before the first turn.
+    """
     seconds, peaks = {side: [] for side in sides}, dict.fromkeys(sides, 0)
     for _ in range(repeats):
+        ahead = {side: Worker(side, work) for side in sides if together}
+        for worker in ahead.values():
+            worker.wait()
         for side in sides:
-            with Worker(side, work) as worker:
+            with ahead.get(side) or Worker(side, work) as worker:
                 said = [worker.turn("seconds", "peak_memory_bytes") for _ in range(WARM_UP + rounds)]
             seconds[side] += [update["seconds"] for update in said[WARM_UP:]]
             peaks[side] = max(peaks[side], said[-1]["peak_memory_bytes"])
@@ -595,6 +611,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="updates that count, each time a side has its turn")
     parser.add_argument("--repeats", type=int, default=2, help="how many turns each side has")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--together", action="store_true", help="load all sides at once, where memory holds them all")
     parser.add_argument("--long", action="store_true", help="answers near max_length behind prompts of a third of it")
     growth = f"instead: TRL and ours by {', '.join(GROWTH)}"
     parser.add_argument("--growth", type=varied, nargs="*", metavar="NAME=VALUE,…", help=growth)
@@ -608,7 +625,7 @@ def main() -> None:
         if args.growth is not None:
             result = measure_growth(args, Path(folder), dict(args.growth) or GROWTH)
         else:
-            result = measure(work := prepare(args, Path(folder)), args.rounds, args.repeats, args.sides)
+            result = measure(work := prepare(args, Path(folder)), args.rounds, args.repeats, args.sides, args.together)
             if "guided" in args.sides:
                 result |= measure_limit(work, result["guided"]["seconds"])
             kind = "long answers" if args.long else args.data.name
