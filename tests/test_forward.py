@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import importlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -205,7 +207,14 @@ def test_lora_layers_compute_what_pefts_do(model, tokenized, training, adapter_o
     compare_with_peft(policy, tokenized, adapter_on, lambda: T.speed_up(policy, checkpointed))
 
 
-def test_lora_dropout(monkeypatch):
+def mask_as_on_a_gpu(x, stock):
+    return T.Dropout(
+        torch.empty(x.numel() // x.shape[-1], x.shape[-1], dtype=torch.bool).bernoulli_(1 - stock.p), stock.p
+    )
+
+
+@pytest.mark.parametrize("draw", [T.Dropout.drawn, mask_as_on_a_gpu], ids=["bits", "mask"])
+def test_lora_dropout(draw, monkeypatch):
     """The share asked for, the expectation kept, the same entries for all that read them, also in the backward pass."""
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.3, target_modules=["wide", "narrow"])
@@ -213,12 +222,13 @@ def test_lora_dropout(monkeypatch):
     layers = list(get_peft_model(stock, config).train().base_model.model.values())
     for layer in layers:
         nn.init.normal_(layer.lora_B["default"].weight)
-    drawn, draw = [], T.Dropout.drawn
+    drawn = []
     monkeypatch.setattr(T.Dropout, "drawn", lambda *args: drawn.append(draw(*args)) or drawn[-1])
     group, x = T.LoRAGroup(layers), torch.randn(1, 4000, 64, requires_grad=True)
     outputs = [group(layer, None, x) for layer in layers]
     (dropout,) = drawn
-    kept = (dropout.noise >= round(0.3 * 2**16) - 2**15).float()
+    noise = dropout.noise
+    kept = (noise if noise.dtype == torch.bool else noise >= round(0.3 * 2**16) - 2**15).float()
     assert abs(kept.mean() - 0.7) < 0.005 and abs(kept.mean(0) - 0.7).max() < 0.04
     trained = [layer.get_parameter(f"lora_{part}.default.weight") for layer in layers for part in "AB"]
     expected = [
@@ -284,6 +294,97 @@ def test_unsupported_attention_is_refused():
         T.tree_attention(None, query, query, query, None, trees=[T.Tree(0, 1, 1, 1)], softcap=30.0)
     with pytest.raises(NotImplementedError, match="mask"):
         T.tree_attention(None, query, query, query, torch.ones(1, 1, 1, 1), trees=[T.Tree(0, 1, 1, 1)])
+
+
+def varlen_by_hand(query, key, value, query_bounds, key_bounds, max_q, max_k, window_size, scale, enable_gqa):
+    """What FlashAttention computes, sequence by sequence: the causal mask is aligned at the sequences' ends."""
+    assert window_size == (-1, 0) and enable_gqa
+    assert {bounds.dtype for bounds in (query_bounds, key_bounds)} == {torch.int32}
+    assert (query_bounds[-1], key_bounds[-1]) == (len(query), len(key)) and not query_bounds[0] and not key_bounds[0]
+    assert (query_bounds.diff().max(), key_bounds.diff().max()) == (max_q, max_k)
+    parts = []
+    for q0, q1, k0, k1 in zip(query_bounds, query_bounds[1:], key_bounds, key_bounds[1:], strict=False):
+        seen = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0))
+        states = (part.transpose(0, 1)[None] for part in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        part = torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=seen, scale=scale, enable_gqa=True)
+        parts.append(part[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def test_flash_attention_sees_what_the_trees_see(monkeypatch):
+    """One call for all trees: outputs and gradients; some branches are empty. (On a GPU: test_gpu.py.)"""
+    monkeypatch.setattr(T, "varlen_attn", varlen_by_hand)
+    torch.manual_seed(0)
+    ids = [([1] * trunk, [2] * chosen, [3] * rejected) for trunk, chosen, rejected in ((5, 4, 3), (1, 1, 6), (7, 2, 1))]
+    trees = T.pack_row(ids).trees
+    shapes = [(1, heads, trees[-1].end, 8) for heads in (4, 2, 2)]
+    states = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    expected, _ = T.tree_attention(None, *states, None, scaling=0.3, trees=trees)
+    found = T.flash_attention(*states, 0.3, trees)
+    weights = torch.randn_like(expected)
+    for one, other in zip(
+        (found, *torch.autograd.grad((found * weights).sum(), states)),
+        (expected, *torch.autograd.grad((expected * weights).sum(), states)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "has"),
+    [
+        ({}, True),
+        ({"dtype": torch.float16}, True),
+        ({"dtype": torch.float32}, False),
+        ({"is_cuda": False}, False),
+        ({"shape": (1, 4, 9, 256)}, False),
+        ({"shape": (1, 4, 9, 36)}, False),
+        ({"capability": (7, 5)}, False),
+        ({"value_shape": (1, 4, 9, 128)}, False),
+    ],
+)
+def test_flash_attention_is_taken_where_it_computes(changes, has, monkeypatch):
+    tensor = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (1, 4, 9, 64), "device": "cuda:0"} | changes
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: changes.get("capability", (8, 0)))
+    value = SimpleNamespace(shape=changes.get("value_shape", tensor["shape"]))
+    assert T.has_flash_attention(SimpleNamespace(**tensor), value) is has
+
+
+@pytest.mark.parametrize("name", T.RMS_NORMS)
+def test_fused_norms_are_the_models_own(name):
+    family = name.removesuffix("RMSNorm").lower()
+    norm = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)(16, eps=1e-4)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(1, 7, 16, requires_grad=True)
+    expected = norm(x)
+    (gradient,) = torch.autograd.grad(expected.pow(2).sum(), x)
+    T.fuse_norms(nn.ModuleList([norm]))
+    assert "forward" in vars(norm)
+    found = norm(x)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(torch.autograd.grad(found.pow(2).sum(), x)[0], gradient, **CLOSE)
+
+
+def test_modes_are_switched_as_pytorch_does(tokenizer):
+    policy = lora_model(tokenizer, dropout=0.5)
+    T.speed_up(policy, checkpointed=False)
+    assert "train" in vars(policy)
+    for switch, mode in ((policy.eval, False), (policy.train, True), (lambda: policy.train(False), False)):
+        assert switch() is policy and {module.training for module in policy.modules()} == {mode}
+
+
+def test_a_model_that_does_more_than_switch_is_left_to_it(tokenizer):
+    policy = lora_model(tokenizer, dropout=0.5)
+
+    class Own(nn.Identity):
+        def train(self, mode=True):
+            self.called = mode
+            return super().train(mode)
+
+    policy.own = Own()
+    T.speed_up(policy, checkpointed=False)
+    policy.eval()
+    assert policy.own.called is False and not policy.own.training
 
 
 def test_text_still_goes_through_the_models_own_forward(model, tokenized):
