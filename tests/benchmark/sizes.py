@@ -118,6 +118,9 @@ HARDWARE = {
     "24 GB": Hardware(24e9, 165e12, 25e9, 3e9),
     "80 GB": Hardware(80e9, 312e12, 300e9, 25e9),
 }
+# What the processor takes to start the kernels of a layer in a guided forward, however few tokens it has: measured
+# beside an H100, for the sizes of Qwen2.5-1.5B.
+STARTING_SECONDS = 0.24 / 28
 RUNTIME_BYTES = 1.5e9  # CUDA context, NCCL's buffers, fragmentation: an assumption
 HEAD_CHUNK = {"cpu": 128, "cuda": 1024}  # scored tokens whose logits exist at a time
 
@@ -129,41 +132,45 @@ def kept_by_a_layer(
     dropout: bool,
     size: int,
     fused: bool = True,
-    mask: int = 1,
+    device: str = "cuda",
 ) -> int:
     """Bytes of activations that one decoder layer keeps for the backward pass of a packed row.
 
     Args:
         pairs: (trunk, chosen, rejected) in tokens; an answer's last token is predicted and never read.
         size: bytes of an activation.
-        fused: whether LoRA layers are computed together, in this project's way, or each by PEFT (ZeRO-3).
-        mask: bytes of an entry of PyTorch's dropout mask: 1 on a GPU, `size` on a CPU.
+        fused: whether LoRA layers (and, on a GPU, norms) are computed in this project's way, or as in PEFT (ZeRO-3).
     """
+    on_gpu = device == "cuda"
     tokens = sum(trunk + chosen + rejected - 2 for trunk, chosen, rejected in pairs)
     queries, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
     if fused:  # what q, k and v read, what o reads, what gate and up read; gate and up themselves
         adapted = size * (2 * shape.hidden + queries + 2 * shape.intermediate)
-        noise = 2 * (2 * shape.hidden + queries + shape.intermediate)  # 16 bits for every input, down's too
+        # every input's mask, down's too: a byte, on a CPU 16 bits
+        noise = (1 if on_gpu else 2) * (2 * shape.hidden + queries + shape.intermediate)
     else:  # each layer's input, once where there is no dropout; gate, its activation and up
         inputs = 5 * shape.hidden + queries + shape.intermediate if dropout else 2 * shape.hidden + queries
         adapted = size * (inputs + (3 if dropout else 4) * shape.intermediate)
-        noise = mask * (5 * shape.hidden + queries + shape.intermediate)
-    a_token = adapted + size * (2 * queries + 2 * keys + 7 * rank) + 2 * 4 * shape.hidden  # the norms' inputs in fp32
+        noise = (1 if on_gpu else size) * (5 * shape.hidden + queries + shape.intermediate)
+    norms = 2 * shape.hidden * (size if on_gpu and fused else 4)  # their inputs, otherwise in fp32
+    a_token = adapted + size * (2 * queries + 2 * keys + 7 * rank) + norms
     branches = 0
     for trunk, _, rejected in pairs:
-        seen = trunk + rejected - 1
-        branches += size * seen * (2 * queries + rejected - 1)  # keys and values for all heads, and the mask
+        if on_gpu and size == 2:  # FlashAttention: the trunk's keys and values once more
+            branches += size * trunk * 2 * keys
+        else:  # keys and values of all that the branch sees, for all heads, and the mask
+            branches += size * (trunk + rejected - 1) * (2 * queries + rejected - 1)
     return tokens * (a_token + noise * dropout) + branches
 
 
-def activations(shape: Shape, work: Work, size: int, chunk: int, fused: bool = True) -> int:
+def activations(shape: Shape, work: Work, size: int, fused: bool = True, device: str = "cuda") -> int:
     """Bytes that a training forward holds at its peak, the backward pass's first steps included."""
     tokens = sum(map(sum, work.pairs))
     scored = sum(chosen + rejected for _, chosen, rejected in work.pairs)
-    layer = kept_by_a_layer(shape, work.pairs, work.lora_r, work.dropout, size, fused)
+    layer = kept_by_a_layer(shape, work.pairs, work.lora_r, work.dropout, size, fused, device)
     layers = layer + shape.layers * tokens * shape.hidden * size if work.checkpointing else shape.layers * layer
     # A chunk's logits, in fp32, as log-probabilities and as the product's operand; the gradients of the scored states.
-    head = min(chunk, scored) * shape.vocabulary * (2 * size + 2 * 4) + scored * shape.hidden * size
+    head = min(HEAD_CHUNK[device], scored) * shape.vocabulary * (2 * size + 2 * 4) + scored * shape.hidden * size
     return layers + head
 
 
@@ -189,7 +196,7 @@ def memory(
         "adapter": adapter * kind.activation / (gpus if stage == 3 else 1),
         "gradients": 4 * adapter / (gpus if stage >= 2 else 1) + BUCKET_BYTES,
         "optimizer": 12 * adapter / (gpus if stage >= 1 else 1),  # master copy and two moments in fp32
-        "activations": activations(shape, work, kind.activation, HEAD_CHUNK[device], fused=stage < 3),
+        "activations": activations(shape, work, kind.activation, stage < 3, device),
     }
 
 
@@ -210,21 +217,25 @@ def flops_per_pair(shape: Shape, work: Work) -> float:
 
 
 def pairs_per_second(shape: Shape, work: Work, precision: str, stage: int, gpus: int, kind: Hardware) -> float:
-    """Pairs per second of all GPUs together: arithmetic, or, where it takes longer, ZeRO-3's gathering of the weights."""
+    """Pairs per second of all GPUs together: by arithmetic or, where it takes longer, by what keeps a GPU waiting.
+
+    That is the processor, which starts the kernels, or the network, where ZeRO-3 gathers the weights.
+    """
     peak = kind.flops / (8 if precision == "fp32" else 1)  # without TF32
-    compute = work.pairs_per_forward * flops_per_pair(shape, work) / (peak * PRECISIONS[precision].efficiency)
+    compute = len(work.pairs) * flops_per_pair(shape, work) / (peak * PRECISIONS[precision].efficiency)
     gather = 0.0
     if stage == 3 and gpus > 1:  # for the policy's forward and backward pass and for the teacher's
         size = (shape.layer_weights + shape.embedding_weights) * PRECISIONS[precision].embedding
         bandwidth = kind.within if gpus <= kind.in_a_machine else kind.between
         gather = (4 if work.checkpointing else 3) * size * (gpus - 1) / gpus / bandwidth
-    return gpus * work.pairs_per_forward / max(compute, gather)
+    starting = STARTING_SECONDS * shape.layers * ((3 if work.checkpointing else 2) + work.guided) / 3
+    return gpus * len(work.pairs) / max(compute, gather, starting)
 
 
 def variants(work: Work) -> Iterator[Work]:
     """The same work with less and less memory."""
     for checkpointing in (False, True):
-        for pairs in (work.pairs_per_forward, 1):
+        for pairs in (4 * work.pairs_per_forward, work.pairs_per_forward, 1):
             yield replace(work, checkpointing=checkpointing, pairs_per_forward=pairs)
 
 
@@ -307,8 +318,8 @@ def described(choice: Choice) -> str:
     words = [f"ZeRO-{choice.stage}"] if choice.precision == "bf16" else [f"{choice.precision}, ZeRO-{choice.stage}"]
     if choice.work.checkpointing:
         words.append("checkpointing")
-    if choice.work.pairs_per_forward == 1:
-        words.append("1 pair a forward")
+    if (pairs := choice.work.pairs_per_forward) != Work.pairs_per_forward:
+        words.append(f"{pairs} pair{'s' * (pairs > 1)} a forward")
     return ", ".join(words)
 
 
@@ -351,22 +362,25 @@ def page() -> str:
     parts = [
         "# Sizes on paper",
         "Which GPUs a base model needs, to choose before renting. Everything on this page is computed, by\n"
-        "`python tests/benchmark/sizes.py`; nothing on it was measured on a GPU. The bases have the shapes of Qwen2.5.",
+        "`python tests/benchmark/sizes.py`. The bases have the shapes of Qwen2.5.",
         "**Memory** is the sum of weights, adapter (LoRA on all linear layers), gradients, AdamW's state, DeepSpeed's\n"
         "buckets, kept activations and a chunk of logits, for pairs as long as `MAX_LENGTH` lets them be, "
         f"{usual.pairs_per_forward} in a forward, with\n"
         f"dropout. The tests compare the activations with those of real forwards (within 1 %) and the whole with runs\n"
-        f"measured on a CPU (within 12 %). An assumption is what CUDA, NCCL and fragmentation take: {RUNTIME_BYTES / 1e9:g} GB.",
+        f"measured on a CPU (within 12 %) and passes measured on an H100 (within 10 %). An assumption is what CUDA, NCCL and fragmentation take: {RUNTIME_BYTES / 1e9:g} GB.",
         "**Speed** is the arithmetic of a guided pair (policy forward and backward, teacher forward; the reference comes\n"
         "from its cache) divided by a share of the peak that is assumed: "
         + ", ".join(f"{kind.efficiency:.0%} in {name}" for name, kind in PRECISIONS.items() if name != "fp32")
-        + f"; or,\nwith ZeRO-3, the time to gather the weights, where that is longer. GPUs: {gpus}.\n"
-        "Take it as right within a factor of two: `tests/benchmark/benchmark.py` measures yours.",
+        + f"; or,\nwhere that is longer, the time in which the processor starts the kernels ({1000 * STARTING_SECONDS:.1f} ms a layer, as measured beside\n"
+        "an H100, which a faster processor needs less of) or, with ZeRO-3, that to gather the weights.\n"
+        f"GPUs: {gpus}.\n"
+        "Take it as right within a factor of two: `tests/benchmark/benchmark.py` measures yours. The H100 reached 244 TFLOP/s\n"
+        "with 4 pairs a forward and 288 with 16, while it was busy; other GPUs were not at hand.",
         "## The settings of the launcher's comments",
         *(f"### {title}\n\n{settings_table(*setting)}" for title, setting in SETTINGS.items()),
         f"## Pairs per second, `MAX_LENGTH={usual.max_length}`, `LORA_R={usual.lora_r}`",
         "The fastest way that fits: bf16 unless 4-bit is named; `checkpointing` is `GRADIENT_CHECKPOINTING=true`, "
-        "`1 pair a\nforward` is `PAIRS_PER_FORWARD=1`, `4-bit` is `LOAD_IN_4BIT=true`, `ZeRO-3` is `ZERO_STAGE=3`, and ZeRO-2 the default.\n"
+        "`1 pair a\nforward` is `PAIRS_PER_FORWARD=1` (otherwise the default, 4), `4-bit` is `LOAD_IN_4BIT=true`, `ZeRO-3` is `ZERO_STAGE=3`, and ZeRO-2 the default.\n"
         "Shorter pairs are faster. Across machines 4-bit may be faster than to gather a divided base. Where nothing fits,\n"
         "`ZERO_STAGE=3 OFFLOAD=parameters` may still, slowly: that is not computed here.",
         *(speed_table(name, usual) for name in HARDWARE),
