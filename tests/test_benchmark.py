@@ -23,13 +23,20 @@ def run(folder, *flags):
 
 def test_the_benchmark_runs(tmp_path):
     sides = ("trl_precomputed", "padded_guided", "plain", "guided")
-    said, result = run(tmp_path, "--rounds", "1", "--sides", *sides)
+    said, result = run(tmp_path, "--rounds", "1", "--together", "--sides", *sides)
     for side in sides:
         assert len(result[side]["seconds"]) == 1 and result[side]["pairs_per_second"] > 0
         assert 2**27 < result[side]["peak_memory_bytes"] < 2**35
     assert 0 < result["limit_share"] < 1 < result["flops_per_second"]
     ratio = result["guided"]["peak_memory_bytes"] / result["padded_guided"]["peak_memory_bytes"]
     assert "guided : padded_guided = " in said and f"{ratio:.2f} × the peak memory" in said
+
+
+def test_the_passes_alone():
+    command = [sys.executable, str(PROJECT / "tests" / "benchmark" / "passes.py"), "--shape", "tiny", "--updates", "1"]
+    done = subprocess.run([*command, "--pairs", "1", "2"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("1 pairs, ") and "\n2 pairs, " in done.stdout and done.stdout.count(" pairs/s") == 2
 
 
 @pytest.mark.slow
