@@ -1028,7 +1028,8 @@ class DataReport:
     def describe_changes(self) -> str:
         """What became of the rows, for the plan."""
         held_out = f"; held out for the test: {self.held_out}" if self.held_out else ""
-        weights = f"; weights: {self.repeated:+}" if self.repeated else ""
+        verb = "add" if self.repeated > 0 else "leave out"
+        weights = f"; weights {verb} {abs(self.repeated)}" if self.repeated else ""
         return f"dropped: {self.describe_dropped()}{held_out}{weights}"
 
     def describe_format(self) -> str:
@@ -6709,6 +6710,9 @@ def describe_data(args: ScriptArguments, reports: Mapping[str, DataReport]) -> d
     return {name: text for name, text in lines.items() if text}
 
 
+FEW_TEST_PAIRS = 30
+
+
 def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, DataReport]) -> list[tuple[str, str]]:
     """What the run will do: subject and text of each line."""
     pairs_per_update = devices.ranks * args.gradient_accum_steps
@@ -6748,7 +6752,14 @@ def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, Da
     if updates < 10:
         most = int(reports["train"].usable * args.num_epochs / (10 * devices.ranks))
         lower = f"lower GRADIENT_ACCUM_STEPS to {most} or " if most else ""
-        notices.append(f"only {updates} updates: {lower}raise NUM_EPOCHS for ten")
+        notices.append(f"only {updates} update{'s' * (updates > 1)}: {lower}raise NUM_EPOCHS for ten")
+    if 0 < (pairs := reports["test"].usable) < FEW_TEST_PAIRS:
+        low, high = wilson_interval(round(pairs / 2), pairs)
+        more = "raise TEST_SHARE" if reports["test"].prompts else "name more in TEST_DATASET_PATH"
+        notices.append(
+            f"{pairs} test pair{'s' * (pairs > 1)} say{'s' * (pairs == 1)} little: where half of them are right, the accuracy on others may be "
+            f"anything from {low:.2f} to {high:.2f}; {more}"
+        )
     if idle := args.set_in_vain:
         why = f"no part in {args.training_mode} mode" + (", or the adapter's own count" if args.adapter_path else "")
         lines["not used"] = f"{', '.join(map(str.upper, idle))} ({why})"

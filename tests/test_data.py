@@ -743,7 +743,7 @@ def test_weights_say_how_often_a_pair_is_taken(tmp_path):
     of = [sorted(counts[n] for n in range(10 * k, 10 * k + 10)) for k in range(3)]
     assert of == [[0] * 5 + [1] * 5, [2] * 10, [1] * 7 + [2] * 3]
     train = reports["train"]
-    assert (train.usable, train.describe_changes()) == (38, "dropped: none; weights: +8")  # −5 + 10 + 3
+    assert (train.usable, train.describe_changes()) == (38, "dropped: none; weights add 8")  # −5 + 10 + 3
     assert str(train) == f"data set {settings['train_dataset_path']}"
     assert divided(**settings) == (pairs, reports)
     assert divided(**settings, seed=1)[0] != pairs
@@ -811,7 +811,7 @@ def test_the_plan_says_what_was_read_and_how(tmp_path):
     args = T.ScriptArguments(train_dataset_path=f"{path}*2", test_share=0.2)
     plan = T.describe_data(args, divided(**dataclasses.asdict(args))[1])
     assert plan == {
-        "training data": f"{path}, 16 pairs (dropped: none; held out for the test: 2; weights: +8)",
+        "training data": f"{path}, 16 pairs (dropped: none; held out for the test: 2; weights add 8)",
         "test data": "held out: 2 pairs of 2 prompts (TEST_SHARE 0.2)",
         "data format": "plain, texts prompt, chosen, rejected; columns not used: id",
     }

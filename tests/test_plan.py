@@ -847,8 +847,25 @@ def test_fewer_than_ten_updates_are_noticed_and_the_number_given_makes_ten():
             (number,) = re.findall(r"lower GRADIENT_ACCUM_STEPS to (\d+)", lines["notice"])
             assert 1 <= int(number) < accumulated, case
             assert updates_of(train, devices.ranks, int(number), epochs) >= 10, case
-            assert f"only {updates} updates" in lines["notice"] and "NUM_EPOCHS" in lines["notice"], case
+            assert f"only {updates} update" in lines["notice"] and "NUM_EPOCHS" in lines["notice"], case
     assert noticed > 50
+
+
+@pytest.mark.parametrize(
+    ("pairs", "prompts", "said"),
+    [
+        (1, 0, "1 test pair says little"),
+        (6, 2, "anything from 0.19 to 0.81; raise TEST_SHARE"),
+        (29, 0, "name more in TEST_DATASET_PATH"),
+        (30, 0, None),
+    ],
+)
+def test_few_test_pairs_are_noticed(pairs, prompts, said):
+    reports = reports_of(320)
+    reports["test"] = T.DataReport(Path("/data/test.jsonl"), rows=pairs, prompts=prompts)
+    lines = T.describe_plan(T.ScriptArguments(precision="fp32"), CPU, reports).splitlines()
+    notices = [line for line in lines if line.lstrip().startswith("notice")]
+    assert len(notices) == (said is not None) and all(said in notice for notice in notices)
 
 
 @pytest.mark.parametrize(("train", "accumulated"), [(5, 1), (9, 1), (9, 4)])
