@@ -140,6 +140,7 @@ def test_what_the_launcher_reads_for_nodes_over_ssh(monkeypatch, tmp_path):
         "NCCL_DEBUG": "INFO",
         "OMPI_COMM_WORLD_RANK": "0",
         "PYTHONPATH": "/p q",
+        "MLFLOW_TRACKING_PASSWORD": "secret",
     }
     (tmp_path / ".deepspeed_env").write_text("MINE=1\n\n# comment\n")
     assert settings_for(monkeypatch, environment) == [
@@ -148,6 +149,7 @@ def test_what_the_launcher_reads_for_nodes_over_ssh(monkeypatch, tmp_path):
         *("HOST=node1 slots=2", "HOST=node2 slots=4", "ADDRESS=10.0.0.1"),
         *("EXPORT=PATH=/a:/b", "EXPORT=HF_HOME=/hf", "EXPORT=NCCL_DEBUG=INFO", "EXPORT=PYTHONPATH=/p q"),
         "EXPORT=MINE=1",
+        "HIDE=MLFLOW_TRACKING_PASSWORD",
     ]
 
 
@@ -313,6 +315,19 @@ def test_all_that_is_missing_is_said_at_once(tools, monkeypatch):
         "GPU_NODES (--gpu_nodes): node2: cannot be asked over ssh (Permission denied (publickey).);"
     )
     assert node3.startswith("GPU_NODES (--gpu_nodes): node3: ")
+
+
+def test_deepspeed_sees_no_secret_that_it_would_show(tools, tiny_run, tmp_path):
+    """It passes all of MLFLOW_… on, in a command line that everybody on the nodes can read."""
+    tools("ssh", "exec ${@: -1}")
+    tools("pdsh", "echo 'rcmd modules: ssh,rsh,exec (default: rsh)'")
+    variables = {"GPU_NODES": "node1:0,node2:0", "DRY_RUN": "1", "SSH_CONNECTION": "127.0.0.1 1 127.0.0.3 22"}
+    secrets = {"MLFLOW_TRACKING_PASSWORD": "hush-hush", "NCCL_SECRET": "hush-hush", "MLFLOW_RUN_ID": "seven"}
+    said = launch({**tiny_run, **variables, **secrets}, cwd=tmp_path).stderr
+    command = said.partition("command:")[2]
+    assert "env --default-signal=HUP " in command and "hush-hush" not in said
+    assert all(f"-u {name} " in command for name in ("MLFLOW_TRACKING_PASSWORD", "NCCL_SECRET"))
+    assert "-u MLFLOW_RUN_ID" not in command
 
 
 def test_the_first_node_must_be_this_machine(tools, monkeypatch):
@@ -528,18 +543,21 @@ def test_two_nodes_over_ssh_train_as_one_process_does(nodes, tiny_run, tmp_path)
     assert ranks_of(cwd) == [] and [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp.")] == []
 
 
-# Becomes a command that does not ignore SIGINT, as all that a shell has started in the background do.
+# Becomes a command that does not ignore SIGINT, as all that a shell has started in the background do, or, as under nohup,
+# one that ignores SIGHUP.
 HEEDS_SIGINT = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
 )
+NOHUP = HEEDS_SIGINT.replace("SIGINT, signal.SIG_DFL", "SIGHUP, signal.SIG_IGN")
 
 
 @pytest.fixture
-def begun(nodes, tiny_run, tmp_path):
+def begun(nodes, tiny_run, tmp_path, request):
     """The launcher of a long run over ssh that has written its first checkpoint."""
     values = {**os.environ, **tiny_run, **nodes, "NUM_EPOCHS": "3000", "EVAL_STEPS": "1"}
     with (tmp_path / "err").open("w") as err:
-        command = [sys.executable, "-c", HEEDS_SIGINT, "bash", str(PROJECT / "fast_train.sh")]
+        becomes = getattr(request, "param", HEEDS_SIGINT)
+        command = [sys.executable, "-c", becomes, "bash", str(PROJECT / "fast_train.sh")]
         launcher = subprocess.Popen(command, cwd=tmp_path, env=values, stdout=err, stderr=err)
     try:
         deadline = time.monotonic() + 200
@@ -563,7 +581,17 @@ def wait_until_none_is_left(cwd: Path) -> None:
 
 @pytest.mark.slow
 @over_ssh
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("begun", "sent", "status"),
+    [
+        (HEEDS_SIGINT, signal.SIGTERM, 143),
+        (HEEDS_SIGINT, signal.SIGINT, 130),
+        (HEEDS_SIGINT, signal.SIGHUP, 129),
+        (NOHUP, signal.SIGTERM, 143),
+    ],
+    ids=["SIGTERM", "SIGINT", "SIGHUP", "SIGTERM under nohup"],
+    indirect=["begun"],
+)
 def test_a_signal_ends_the_ranks_on_all_nodes(sent, status, begun, tmp_path):
     """And no other run: DeepSpeed's own way would end all of this user's on these machines, such as this sleep's."""
     other = subprocess.Popen([f"{sys.executable} -u -m deepspeed.launcher.launch", "600"], executable="/bin/sleep")

@@ -460,6 +460,9 @@ def test_a_resumed_run_needs_the_same_settings_and_data(tmp_path):
     on_gpu = T.Devices("localhost:0", 1, on_gpu=True)
     assert "the interrupted run had DEVICE 'cpu', not 'gpu'; set it back" in resume_problems(args, on_gpu)[0]
     assert resume_problems(args, one_rank) == []
+    before_stages = recorded(args, one_rank) | {"zero_stage": ""}  # what runs noted that could not choose one
+    (tmp_path / "out/run/run_settings.json").write_text(json.dumps(before_stages))
+    assert resume_problems(args, one_rank) == []
     args.beta = 0.3
     write_rows(tmp_path / "renamed.jsonl", ROWS[:-1])
     found = resume_problems(args, two_ranks)
