@@ -31,7 +31,7 @@ LEARNING_RATE="${LEARNING_RATE:-5e-4}"                  # text, embedding: of th
 PTUNING_LEARNING_RATE="${PTUNING_LEARNING_RATE:-3e-2}"  # ptuning: of the soft prompt
 NUM_EPOCHS="${NUM_EPOCHS:-1}"
 GRADIENT_ACCUM_STEPS="${GRADIENT_ACCUM_STEPS:-16}"      # pairs per update and GPU; real data: 512 on 4 × 24 GB, 256 on 8 × 80 GB
-PAIRS_PER_FORWARD="${PAIRS_PER_FORWARD:-4}"             # of them at a time; speed and memory only
+PAIRS_PER_FORWARD="${PAIRS_PER_FORWARD:-4}"             # of them at a time, on a GPU rather 16; speed and memory only
 LORA_R="${LORA_R:-16}"                                  # 16 on 24 GB, 32 (with MAX_LENGTH=512) on 80 GB
 LORA_ALPHA="${LORA_ALPHA:-32}"
 LORA_DROPOUT="${LORA_DROPOUT:-0.1}"

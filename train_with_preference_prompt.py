@@ -6711,6 +6711,7 @@ def describe_data(args: ScriptArguments, reports: Mapping[str, DataReport]) -> d
 
 
 FEW_TEST_PAIRS = 30
+PAIRS_FOR_A_GPU = 16  # in a forward; with 4 an H100 waited for the processor, which starts the kernels
 
 
 def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, DataReport]) -> list[tuple[str, str]]:
@@ -6748,6 +6749,11 @@ def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, Da
         notices.append(
             "PRECISION auto is fp32, as this GPU has no bf16: fp16 is faster and takes half the memory, for models whose "
             "activations stay below 65504"
+        )
+    if devices.on_gpu and args.pairs_per_forward < PAIRS_FOR_A_GPU <= args.gradient_accum_steps:
+        notices.append(
+            f"PAIRS_PER_FORWARD {args.pairs_per_forward} may leave a GPU waiting for the processor: {PAIRS_FOR_A_GPU} is "
+            "faster where it fits into memory, and changes no update"
         )
     if updates < 10:
         most = int(reports["train"].usable * args.num_epochs / (10 * devices.ranks))

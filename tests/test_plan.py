@@ -840,7 +840,7 @@ def test_fewer_than_ten_updates_are_noticed_and_the_number_given_makes_ten():
     noticed = 0
     for train, devices, accumulated, epochs in PLANS:
         case = (train, devices.ranks, accumulated, epochs)
-        changes = {"gradient_accum_steps": accumulated, "num_epochs": epochs}
+        changes = {"gradient_accum_steps": accumulated, "num_epochs": epochs, "pairs_per_forward": T.PAIRS_FOR_A_GPU}
         lines = plan(devices, train, **changes)
         updates = updates_of(train, devices.ranks, accumulated, epochs)
         assert lines["updates"].split(" ")[0] == str(updates), case
@@ -852,6 +852,16 @@ def test_fewer_than_ten_updates_are_noticed_and_the_number_given_makes_ten():
             assert updates_of(train, devices.ranks, int(number), epochs) >= 10, case
             assert f"only {updates} update" in lines["notice"] and "NUM_EPOCHS" in lines["notice"], case
     assert noticed > 50
+
+
+@pytest.mark.parametrize(
+    ("devices", "pairs", "accumulated", "noticed"),
+    [("gpu", 4, 16, True), ("gpu", 16, 64, False), ("gpu", 4, 8, False), ("cpu", 4, 64, False)],
+)
+def test_few_pairs_in_a_forward_are_noticed_on_a_gpu(devices, pairs, accumulated, noticed):
+    sizes = {"pairs_per_forward": pairs, "gradient_accum_steps": accumulated}
+    lines = plan({"gpu": GPUS, "cpu": CPU}[devices], 100_000, **sizes)
+    assert (f"PAIRS_PER_FORWARD {pairs} may leave a GPU waiting" in lines.get("notice", "")) == noticed
 
 
 @pytest.mark.parametrize(
