@@ -6763,8 +6763,8 @@ def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, Da
         low, high = wilson_interval(round(pairs / 2), pairs)
         more = "raise TEST_SHARE" if reports["test"].prompts else "name more in TEST_DATASET_PATH"
         notices.append(
-            f"{pairs} test pair{'s' * (pairs > 1)} say{'s' * (pairs == 1)} little: where half of them are right, the accuracy on others may be "
-            f"anything from {low:.2f} to {high:.2f}; {more}"
+            f"{pairs} test pair{'s' * (pairs > 1)} say{'s' * (pairs == 1)} little: where half of them are right, the "
+            f"accuracy on others may be anything from {low:.2f} to {high:.2f}; {more}"
         )
     if idle := args.set_in_vain:
         why = f"no part in {args.training_mode} mode" + (", or the adapter's own count" if args.adapter_path else "")

@@ -64,9 +64,12 @@ PREFERENCE = "Answer plainly and honestly."
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """A worker for each core, eight at most (each holds 2 GB), where all is tested; for a selection none is started."""
+    """A worker for each core, eight at most (each holds 2 GB), where all is tested; for a selection none is started.
+
+    On a GPU one for each two cores: a run there is several processes.
+    """
     everything = config.args_source == config.ArgsSource.TESTPATHS and not config.option.keyword
-    return min(T.CORES, 8) if everything and config.option.markexpr == "not slow" else 0
+    return min({"not slow": T.CORES, "gpu": T.CORES // 2}.get(config.option.markexpr, 0), 8) if everything else 0
 
 
 @pytest.fixture(autouse=True)
