@@ -197,7 +197,7 @@ check_compiler() {
   local folder="${TORCH_EXTENSIONS_DIR:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/torch_extensions}"
   [[ -z "$(find "$folder" -path '*deepspeed_shm_comm/*.so' -print -quit 2>/dev/null)" ]] || return 0
   command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler (${CXX:-c++}) was found; DeepSpeed needs one on a CPU: install g++, or name yours in CXX"
-  say "DeepSpeed compiles its CPU communication library at this first start (once, about 90 s)"
+  "$DRY_RUN" || say "DeepSpeed compiles its CPU communication library at this first start (once, about 90 s)"
 }
 
 # One --flag=value per variable named; the value stays as it is, also when it begins with a dash.
@@ -277,6 +277,11 @@ end_together() {
   )
 }
 
+say_where_the_curves_are() {
+  say "to see the curves: $SCRIPTS/tensorboard --logdir $(printf '%q' "$LOGS")"
+  say "then open http://localhost:6006/#custom_scalars"
+}
+
 # Trains with these flags as the plan said; returns the status of the ranks, 0 only where the run is finished.
 train() {
   local code=0 command
@@ -345,7 +350,9 @@ fields = {line.target.id: [ast.literal_eval(x) for x in line.value.args] for lin
 only = zip(constants["ONLY"].keys, constants["ONLY"].values)
 names = set(fields)
 reserved = {key.value: accepted.elts[1].value for key, accepted in only if len(accepted.elts[0].elts) == 1}
-lists = [node.value.upper() for node in ast.walk(constants["SWEPT"]) if isinstance(node, ast.Constant)]
+variables = set(re.findall(r'^(\w+)="\$\{', block, re.M))
+swept = [node.value for node in ast.walk(constants["SWEPT"]) if isinstance(node, ast.Constant)]
+lists = [name.upper() if name.upper() in variables else f"--{name}" for name in swept]
 width = max(60, min(100, shutil.get_terminal_size((100, 24)).columns))
 
 
@@ -372,6 +379,7 @@ lines = [
     "  TRAIN_DATASET_PATH=pairs.jsonl TEST_DATASET_PATH=held_out.jsonl ./fast_train.sh",
     "  DRY_RUN=1 ./fast_train.sh                             check everything, show the plan, stop",
     "  RESUME=true ./fast_train.sh                           continue an interrupted run",
+    "  ./fast_train.sh --setup                               set everything up, print its Python, stop",
     '  BETA="0.01 0.05 0.1" ALPHA="0.1 0.2" ./fast_train.sh  a sweep: one run for each combination',
     "",
     wrapped("Each variable is a flag as well: BETA=0.1 is --beta 0.1. A list, separated by spaces, may stand in", ""),
@@ -412,6 +420,7 @@ if evaluates "$@"; then exec "$PYTHON" "$SCRIPT" "${FLAGS[@]}" "$@" --plan "$DRY
 FILES="$(readlink -f "$(mktemp -d)")" || fail "no temporary file can be made in ${TMPDIR:-/tmp}: make room there, or name another folder in TMPDIR"
 SCRIPTS="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
 plan "${FLAGS[@]}" "$@"
+"$DRY_RUN" || ((${NODE:-0} > 0)) || say_where_the_curves_are
 if [[ -n "$SWEEP" ]]; then
   sweep "$@"
 else
@@ -420,5 +429,4 @@ else
   "$DRY_RUN" || say "the trained model is in $OUTPUT (its README.md says how to use it)"
 fi
 if "$DRY_RUN"; then say "DRY_RUN: stopped before training"; exit 0; fi
-say "to see the curves: $SCRIPTS/tensorboard --logdir $(printf '%q' "$LOGS")"
-say "then open http://localhost:6006/#custom_scalars"
+say_where_the_curves_are

@@ -5802,6 +5802,7 @@ def resolve_nodes(gpu_nodes: str, hostfile: str) -> tuple[Node, ...]:
     """
     where, known = describe("gpu_nodes", gpu_nodes), read_hostfile(hostfile) if hostfile else None
     if gpu_nodes == "auto":
+        where = describe("hostfile", hostfile)
         nodes = tuple(Node(name, tuple(range(slots))) for name, slots in known.items() if slots)
     else:
         nodes = parse_nodes(gpu_nodes)

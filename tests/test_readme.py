@@ -1,5 +1,6 @@
 """README: every variable, flag, path and command in it is real, and the Chinese one says the same."""
 
+import itertools
 import re
 import shlex
 
@@ -122,3 +123,14 @@ def test_the_variables_set_in_commands_are_the_launchers(name):
     for command in commands:
         words = shlex.split(command)[:-1]
         assert words and {word.split("=")[0] for word in words} <= set(DESIGN_VARIABLES), command
+
+
+def test_chinese_lines_break_where_a_space_does_no_harm():
+    """A line break inside a sentence is shown as a space, which has no place between two Chinese characters."""
+    lines = (PROJECT / "README.zh-CN.md").read_text(encoding="utf-8").splitlines()
+    broken = [
+        first
+        for first, second in itertools.pairwise(lines)
+        if re.search("[\u4e00-\u9fff]$", first) and re.match(" *[\u4e00-\u9fff]", second) and first[0] not in "#|"
+    ]
+    assert broken == []

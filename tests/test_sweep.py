@@ -449,7 +449,8 @@ def test_a_sweep_that_ends_well_names_its_curves(stand_ins, tmp_path):
     result = launch(environment("0.1", "0.4"), cwd=tmp_path, timeout=60)
     assert (result.returncode, result.stdout) == (0, "the table\n")
     assert "--sweep_failed=" in lines_of(folder / "table")
-    (curves,) = re.findall(r"to see the curves: (.*)", result.stderr)
+    curves, again = re.findall(r"to see the curves: (.*)", result.stderr)
+    assert curves == again  # before and after
     assert words_of(curves)[-1] == "logs of ./model_output/Preference_Guided_DPO"  # the sweep's, as its plan said
 
 
