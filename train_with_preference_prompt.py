@@ -6394,6 +6394,17 @@ def run_differences(args: ScriptArguments, test_pairs: Sequence[Pair]) -> list[s
     return found
 
 
+def repeats_seed(args: ScriptArguments) -> bool:
+    """Whether the run that made the adapter to continue from drew its order and dropout from the same SEED.
+
+    Then it was fitted under the very masks that the first updates draw again, which it scores better than others.
+    """
+    try:
+        return bool(args.adapter_path) and settings_in(expanded(args.adapter_path)).get("seed") == args.seed
+    except ValueError:
+        return False  # not made by this program
+
+
 def cache_problems(args: ScriptArguments) -> list[str]:
     """Why the folder that REFERENCE_CACHE names cannot be used; the default one is tried, and not needed."""
     folder, value = args.reference_cache_path, args.reference_cache
@@ -6711,6 +6722,14 @@ def describe_data(args: ScriptArguments, reports: Mapping[str, DataReport]) -> d
     return {name: text for name, text in lines.items() if text}
 
 
+def describe_model(args: ScriptArguments) -> str:
+    """The base model, in the plan."""
+    path = args.policy_model_path
+    if not path:
+        return f"SmolLM2-135M-Instruct, bundled, dequantised from Q4_1: {BUNDLED_MODEL_DIR}"
+    return path if expanded(path).is_dir() else f"{path}, of the hub: looked for when it is loaded"
+
+
 FEW_TEST_PAIRS = 30
 PAIRS_FOR_A_GPU = 16  # in a forward; with 4 an H100 waited for the processor, which starts the kernels
 
@@ -6728,8 +6747,7 @@ def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, Da
     lines = {
         "mode": args.training_mode + ("" if "pref" in args.conditions else ", but ALPHA is 0: plain DPO"),
         "preference": describe_prefix(args),
-        "model": args.policy_model_path
-        or f"SmolLM2-135M-Instruct, bundled, dequantised from Q4_1: {BUNDLED_MODEL_DIR}",
+        "model": describe_model(args),
         **describe_data(args, reports),
         "pairs per update": f"{devices.ranks} × {args.gradient_accum_steps}, {args.pairs_per_forward} in a forward",
         "updates": f"{updates} ({args.num_epochs:g} epoch(s))",
@@ -6760,6 +6778,11 @@ def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, Da
         most = int(reports["train"].usable * args.num_epochs / (10 * devices.ranks))
         lower = f"lower GRADIENT_ACCUM_STEPS to {most} or " if most else ""
         notices.append(f"only {updates} update{'s' * (updates > 1)}: {lower}raise NUM_EPOCHS for ten")
+    if repeats_seed(args):
+        notices.append(
+            f"SEED {args.seed} is that of the run which made the adapter: the order of the pairs and the dropout are the "
+            "same once more; take another"
+        )
     if 0 < (pairs := reports["test"].usable) < FEW_TEST_PAIRS:
         low, high = wilson_interval(round(pairs / 2), pairs)
         more = "raise TEST_SHARE" if reports["test"].prompts else "name more in TEST_DATASET_PATH"
@@ -7209,7 +7232,9 @@ def describe_fate(run: SweepRun) -> str:
     newest = newest_checkpoint(run.args.output_path) if run.fate == "resume" else None
     return {
         "train": "to be trained",
-        "resume": f"unfinished, goes on from {newest.name}" if newest else "unfinished, begins again",
+        "resume": f"unfinished, goes on from {newest.name}"
+        if newest
+        else "unfinished, no checkpoint yet: begins again",
         "replace": "replaces the run in its folder",
         "keep": "finished",
     }[run.fate]

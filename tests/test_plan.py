@@ -698,7 +698,8 @@ def test_the_plan_says_what_the_run_will_do(tmp_path):
     lines = {line[:19].strip(): line[20:] for line in text.splitlines()}
     assert lines["mode"] == "text"
     assert lines["preference"] == "Be kind."
-    assert lines["model"] == "my/model"
+    assert lines["model"] == "my/model, of the hub: looked for when it is loaded"
+    assert plan(policy_model_path=str(tmp_path))["model"] == str(tmp_path)
     assert lines["training data"] == "/data/train.jsonl, 319 pairs (dropped: 1 with identical answers (row 7))"
     assert lines["test data"] == "/data/test.jsonl, 60 pairs (dropped: none)"
     assert lines["pairs per update"] == "2 × 16, 4 in a forward"
@@ -852,6 +853,14 @@ def test_fewer_than_ten_updates_are_noticed_and_the_number_given_makes_ten():
             assert updates_of(train, devices.ranks, int(number), epochs) >= 10, case
             assert f"only {updates} update" in lines["notice"] and "NUM_EPOCHS" in lines["notice"], case
     assert noticed > 50
+
+
+def test_the_seed_of_the_adapters_own_run_is_noticed(tmp_path):
+    """Its masks are those that the adapter was fitted under: it would seem better than its reference at the start."""
+    args = {"adapter_path": str(tmp_path), "adapter_reference": "adapter"}
+    assert not T.repeats_seed(T.ScriptArguments(**args)) and not T.repeats_seed(T.ScriptArguments())
+    (tmp_path / T.RUN_SETTINGS).write_text(json.dumps({"seed": 7, "content": {}}))
+    assert T.repeats_seed(T.ScriptArguments(**args, seed=7)) and not T.repeats_seed(T.ScriptArguments(**args, seed=8))
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ def test_finished_runs_are_kept_and_unfinished_ones_go_on(swept, capsys):
     fates = dict(re.findall(r"^  (BETA=\S+) +(.*)$", said, re.M))
     assert list(fates.values()) == [
         "finished",
-        "unfinished, begins again",
+        "unfinished, no checkpoint yet: begins again",
         "unfinished, goes on from checkpoint-5",
         "to be trained",
     ]
