@@ -4113,7 +4113,8 @@ def metrics_line(update: int, logs: Mapping[str, Any]) -> str:
 
     JSON has no word for a number that is not finite: it is null.
     """
-    values = {tag: value if math.isfinite(value) else None for tag, value in figures(logs).items()}
+    found = sorted(figures(logs).items())  # as a checkpoint keeps them, too
+    values = {tag: value if math.isfinite(value) else None for tag, value in found}
     return json.dumps({"update": update, "epoch": logs["epoch"], **values}) + "\n" if values else ""
 
 
@@ -5570,6 +5571,7 @@ def card_commands(args: ScriptArguments, base_path: str, folder: str) -> str:
     settings |= {name: getattr(args, name) for name in names if getattr(args, name) != getattr(ScriptArguments, name)}
     flags = " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in settings.items())
     going_on = {"ADAPTER_PATH": folder, "ADAPTER_REFERENCE": "base", "POLICY_MODEL_PATH": base_path}
+    going_on |= {"SEED": str(args.seed + 1)}  # see repeats_seed
     guidance = ("training_mode", "prompt_embedding_path", "preference_text")
     going_on |= {name.upper(): str(settings[name]) for name in guidance if name in settings}
     if args.trains_prefix:

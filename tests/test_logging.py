@@ -158,7 +158,7 @@ def test_a_line_has_the_tags_and_their_numbers():
         T.SAMPLES_TAG: "| prompt |"
     }
     line = T.metrics_line(3, logs)
-    assert line == '{"update": 3, "epoch": 0.75, "loss/train": 0.30000000000000004, "a/ratio": null}\n'
+    assert line == '{"update": 3, "epoch": 0.75, "a/ratio": null, "loss/train": 0.30000000000000004}\n'
     assert T.metrics_line(3, logged(3, peak_memory_gib=1.0)) == ""
 
 
