@@ -311,13 +311,14 @@ train() {
 
 # Trains each run of the plan, one after another, and prints the table of all; ends with status 1 where one failed.
 sweep() {
-  local logs="$LOGS" line words names flag flags number=0 code failed=()
+  local logs="$LOGS" line words names flag flags number=0 code failed=() left=""
+  ((${#RUNS[@]} == SWEEP)) || left=" left"
   for line in "${RUNS[@]}"; do
     IFS=$'\t' read -ra words <<<"$line"  # the run's name, then its flags, which stand in the place of the sweep's
     names=" ${words[*]%%=*} " flags=()
     for flag in "${FLAGS[@]}"; do [[ "$names" == *" ${flag%%=*} "* ]] || flags+=("$flag"); done
     flags+=("$@" "${words[@]:1}")
-    say "run $((++number)) of ${#RUNS[@]}: ${words[0]}"
+    say "run $((++number)) of ${#RUNS[@]}$left: ${words[0]}"
     "$DRY_RUN" || plan "${flags[@]}"
     code=0
     train "${flags[@]}" || code=$?

@@ -511,7 +511,7 @@ def test_a_sweep_keeps_what_is_finished_and_goes_on_with_the_rest(tiny_run, tmp_
     before = {path: path.stat().st_mtime_ns for path in folders[0].rglob("*")}
     result = launch({**variables, "BETA": "0.01 1e-1"}, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "run 1 of 1: BETA=0.1" in result.stderr and "BETA=0.1, resumed from checkpoint-2" in result.stderr
+    assert "run 1 of 1 left: BETA=0.1" in result.stderr and "BETA=0.1, resumed from checkpoint-2" in result.stderr
     assert result.stdout.count("reference log-probabilities, train data: 12 of 12 pairs from") == 1
     assert {path: path.stat().st_mtime_ns for path in folders[0].rglob("*")} == before
     rows = {row[0].strip(): row for row in table_of(result.stdout)}
