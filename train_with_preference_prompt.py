@@ -4540,13 +4540,9 @@ class PreferenceGuidedDPOTrainer(Trainer):
         config = self.model.peft_config["default"]
         with whole(self.soft_prompt.parameters() if self.settings.trains_prefix else ()):
             if self.is_world_process_zero():
-                usual, config.inference_mode = (
-                    config.inference_mode,
-                    self.settings.trains_prefix or config.inference_mode,
-                )
-                super()._save(
-                    output_dir, state_dict
-                )  # PEFT takes the embeddings of an `inference_mode` from their place
+                usual = config.inference_mode
+                config.inference_mode = self.settings.trains_prefix or usual  # embeddings are taken from their place
+                super()._save(output_dir, state_dict)
                 config.inference_mode = usual
 
     # --- logging
@@ -6736,6 +6732,38 @@ FEW_TEST_PAIRS = 30
 PAIRS_FOR_A_GPU = 16  # in a forward; with 4 an H100 waited for the processor, which starts the kernels
 
 
+def plan_notices(args: ScriptArguments, devices: Devices, reports: Mapping[str, DataReport], updates: int) -> list[str]:
+    """What a person may want to change before the run starts."""
+    notices = range_notices(args)
+    if args.precision == "auto" and devices.on_gpu and not has_bf16(devices.on_gpu):
+        notices.append(
+            "PRECISION auto is fp32, as this GPU has no bf16: fp16 is faster and takes half the memory, for models whose "
+            "activations stay below 65504"
+        )
+    if devices.on_gpu and args.pairs_per_forward < PAIRS_FOR_A_GPU <= args.gradient_accum_steps:
+        notices.append(
+            f"PAIRS_PER_FORWARD {args.pairs_per_forward} may leave a GPU waiting for the processor: {PAIRS_FOR_A_GPU} is "
+            "faster where it fits into memory, and changes no update"
+        )
+    if updates < 10:
+        most = int(reports["train"].usable * args.num_epochs / (10 * devices.ranks))
+        lower = f"lower GRADIENT_ACCUM_STEPS to {most} or " if most else ""
+        notices.append(f"only {updates} update{'s' * (updates > 1)}: {lower}raise NUM_EPOCHS for ten")
+    if repeats_seed(args):
+        notices.append(
+            f"SEED {args.seed} is that of the run which made the adapter: the order of the pairs and the dropout are the "
+            "same once more; take another"
+        )
+    if 0 < (pairs := reports["test"].usable) < FEW_TEST_PAIRS:
+        low, high = wilson_interval(round(pairs / 2), pairs)
+        more = "raise TEST_SHARE" if reports["test"].prompts else "name more in TEST_DATASET_PATH"
+        notices.append(
+            f"{pairs} test pair{'s' * (pairs > 1)} say{'s' * (pairs == 1)} little: where half of them are right, the "
+            f"accuracy on others may be anything from {low:.2f} to {high:.2f}; {more}"
+        )
+    return notices
+
+
 def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, DataReport]) -> list[tuple[str, str]]:
     """What the run will do: subject and text of each line."""
     pairs_per_update = devices.ranks * args.gradient_accum_steps
@@ -6765,36 +6793,10 @@ def plan_lines(args: ScriptArguments, devices: Devices, reports: Mapping[str, Da
         "output": describe_output(args),
         "TensorBoard": args.log_dir,
     }
-    notices = range_notices(args)
-    if args.precision == "auto" and devices.on_gpu and not has_bf16(devices.on_gpu):
-        notices.append(
-            "PRECISION auto is fp32, as this GPU has no bf16: fp16 is faster and takes half the memory, for models whose "
-            "activations stay below 65504"
-        )
-    if devices.on_gpu and args.pairs_per_forward < PAIRS_FOR_A_GPU <= args.gradient_accum_steps:
-        notices.append(
-            f"PAIRS_PER_FORWARD {args.pairs_per_forward} may leave a GPU waiting for the processor: {PAIRS_FOR_A_GPU} is "
-            "faster where it fits into memory, and changes no update"
-        )
-    if updates < 10:
-        most = int(reports["train"].usable * args.num_epochs / (10 * devices.ranks))
-        lower = f"lower GRADIENT_ACCUM_STEPS to {most} or " if most else ""
-        notices.append(f"only {updates} update{'s' * (updates > 1)}: {lower}raise NUM_EPOCHS for ten")
-    if repeats_seed(args):
-        notices.append(
-            f"SEED {args.seed} is that of the run which made the adapter: the order of the pairs and the dropout are the "
-            "same once more; take another"
-        )
-    if 0 < (pairs := reports["test"].usable) < FEW_TEST_PAIRS:
-        low, high = wilson_interval(round(pairs / 2), pairs)
-        more = "raise TEST_SHARE" if reports["test"].prompts else "name more in TEST_DATASET_PATH"
-        notices.append(
-            f"{pairs} test pair{'s' * (pairs > 1)} say{'s' * (pairs == 1)} little: where half of them are right, the "
-            f"accuracy on others may be anything from {low:.2f} to {high:.2f}; {more}"
-        )
     if idle := args.set_in_vain:
         why = f"no part in {args.training_mode} mode" + (", or the adapter's own count" if args.adapter_path else "")
         lines["not used"] = f"{', '.join(map(str.upper, idle))} ({why})"
+    notices = plan_notices(args, devices, reports, updates)
     return [*lines.items(), *(("notice", notice) for notice in notices)]
 
 
@@ -7234,9 +7236,7 @@ def describe_fate(run: SweepRun) -> str:
     newest = newest_checkpoint(run.args.output_path) if run.fate == "resume" else None
     return {
         "train": "to be trained",
-        "resume": f"unfinished, goes on from {newest.name}"
-        if newest
-        else "unfinished, no checkpoint yet: begins again",
+        "resume": f"unfinished, {f'goes on from {newest.name}' if newest else 'no checkpoint yet: begins again'}",
         "replace": "replaces the run in its folder",
         "keep": "finished",
     }[run.fate]
