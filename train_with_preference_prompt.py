@@ -17,6 +17,11 @@ Shape legend:     P pairs in a batch · A = 2P answers · T tokens in the packed
 Log-probabilities and their sums are in nats, fp32.
 """
 
+import gc
+
+# What is imported here stays to the end: looking for garbage in it would take 30 % of a start.
+gc.disable()
+
 import base64
 import bisect
 import contextlib
@@ -29,7 +34,6 @@ import difflib
 import errno
 import fcntl
 import functools
-import gc
 import getpass
 import glob
 import gzip
@@ -125,6 +129,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.logging import tqdm
+
+gc.freeze()
+gc.enable()
 
 # ======================================================================================================================
 # 1 · Constants — the names of columns, files and TensorBoard tags.

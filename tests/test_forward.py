@@ -330,6 +330,17 @@ def test_flash_attention_sees_what_the_trees_see(monkeypatch):
         torch.testing.assert_close(one, other, **CLOSE)
 
 
+def test_flash_attention_is_called_as_pytorch_declares_it():
+    """On PyTorch's device without numbers, which stands for a GPU here: arguments, shapes and the way back."""
+    with torch.device("meta"):
+        trees = T.pack_row([([1] * 5, [2] * 4, [3] * 3), ([1], [2], [3] * 6)]).trees
+        states = [torch.randn(1, heads, trees[-1].end, 8, requires_grad=True) for heads in (4, 2, 2)]
+    found = T.flash_attention(*states, 0.3, trees)
+    assert found.shape == (1, trees[-1].end, 4, 8)
+    gradients = torch.autograd.grad(found.sum(), states)
+    assert [gradient.shape for gradient in gradients] == [state.shape for state in states]
+
+
 @pytest.mark.parametrize(
     ("changes", "has"),
     [
