@@ -19,8 +19,8 @@ Log-probabilities and their sums are in nats, fp32.
 
 import gc
 
-# What is imported here stays to the end: looking for garbage in it would take 30 % of a start.
-gc.disable()
+if __name__ == "__main__":  # what is imported stays to the end: looking for garbage in it would take 30 % of a start
+    gc.disable()
 
 import base64
 import bisect
@@ -129,9 +129,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.logging import tqdm
-
-gc.freeze()
-gc.enable()
 
 # ======================================================================================================================
 # 1 · Constants — the names of columns, files and TensorBoard tags.
@@ -7960,6 +7957,8 @@ RANK_0_FIRST = 3  # seconds that another rank waits with what rank 0 may have fo
 
 def program() -> None:
     """`main` as a program: what the user can mend is one message, with exit status 2 before a run began, else 1."""
+    gc.freeze()  # all that has been imported
+    gc.enable()
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no library runs code that a tensor file asks for
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     if not torch.cuda.is_available():
