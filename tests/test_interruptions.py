@@ -427,8 +427,9 @@ def test_what_cannot_be_written_is_named_and_nothing_is_lost(what, tiny_run, tmp
 @pytest.mark.slow
 def test_the_launcher_killed_at_random_points(tiny_run, tmp_path):
     """Twenty more through ./fast_train.sh with two ranks, by signals to the launcher and to single ranks."""
-    epochs, randomly = "100", random.Random(5)  # each kill takes up to five updates, and the run outlasts them all
-    variables = {**tiny_run, **SETTINGS, "NUM_EPOCHS": epochs, "CPU_RANKS": str(RANKS)}
+    # Each kill takes up to five updates, and the run outlasts them all.
+    variables = {**tiny_run, **SETTINGS, "NUM_EPOCHS": "100", "CPU_RANKS": str(RANKS)}
+    randomly = random.Random(5)
     uninterrupted, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (uninterrupted, cut):
         folder.mkdir()
