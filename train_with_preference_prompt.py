@@ -4996,6 +4996,17 @@ def memory_problem(args: ScriptArguments, what: str, device: torch.device, model
     return f"{what}. Change, largest effect first: {'; '.join(changes)}"
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that this rank can still take on its device; on a CPU its share of what the machine has left."""
+    import psutil
+
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ["LOCAL_SIZE"])
+
+
 def peak_memory(device: torch.device, history: Iterable[Mapping[str, Any]] = ()) -> float:
     """GiB that the rank which needed most has held at its peak, here or, in a resumed run, as logged before."""
     peak = torch.tensor(held_memory(device), dtype=torch.float64, device=device)
@@ -5025,6 +5036,24 @@ def sample_answers(trainer: PreferenceGuidedDPOTrainer, condition: str, soft_pro
         )
     start = width if "input_ids" in inputs else 0  # without ids `generate` returns the new ones only
     return tokenizer.batch_decode(answers[:, start:], skip_special_tokens=True)
+
+
+def whole_for_answers(trainer: PreferenceGuidedDPOTrainer) -> contextlib.AbstractContextManager:
+    """The whole model on every rank where ZeRO-3 has divided it and each has the room; else each token gathers it anew.
+
+    The engine's end: its hooks, which divide a module's weights again after each call, are taken out.
+    """
+    parameters, device = list(trainer.model.parameters()), trainer.args.device
+    if not trainer.is_divided:
+        return contextlib.nullcontext()
+    needed = sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
+    lacks = torch.tensor(2 * needed > free_memory(device), device=device)  # twice: it is gathered into one buffer first
+    torch.distributed.all_reduce(lacks, torch.distributed.ReduceOp.MAX)
+    if lacks:
+        return contextlib.nullcontext()
+    trainer.deepspeed.empty_partition_cache()
+    trainer.deepspeed.optimizer.parameter_offload.destroy()
+    return whole(parameters)
 
 
 def table_cell(text: str) -> str:
@@ -5071,7 +5100,8 @@ class RunCallback(TrainerCallback):
         self.prompt_at_start = copy.deepcopy(trainer.soft_prompt)  # a checkpoint may put another in its place
 
     def answers(self, soft_prompt: nn.Embedding | None) -> list[list[str]]:
-        return [sample_answers(self.trainer, condition, soft_prompt) for condition in ("base", "pref")]
+        with whole_for_answers(self.trainer):
+            return [sample_answers(self.trainer, condition, soft_prompt) for condition in ("base", "pref")]
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
@@ -5116,7 +5146,8 @@ class RunCallback(TrainerCallback):
             prompts = [pair.source.shown_prompt for pair in trainer.eval_dataset.pairs[:SAMPLE_PROMPTS]]
             with adapter_weights(trainer.model, trainer.start_weights):  # again the model that it was
                 before = self.answers(self.prompt_at_start)
-            trainer.log({SAMPLES_TAG: samples_text(prompts, before, self.answers(trainer.soft_prompt))})
+            after = self.answers(trainer.soft_prompt)
+            trainer.log({SAMPLES_TAG: samples_text(prompts, before, after)})
 
 
 # ======================================================================================================================
