@@ -138,8 +138,10 @@ run() {
 
 # What to do next, where this start has begun a run in the output folder.
 how_to_go_on() {
+  local but=""
   if [[ -n "$SWEEP" ]]; then
-    [[ -z "$SIGNAL" ]] || printf '; the same command continues the sweep'
+    [[ "${OVERWRITE,,}" =~ ^(false|no|f|n|0)$ ]] || but=", with OVERWRITE=false,"
+    [[ -z "$SIGNAL" ]] || printf '; the same command%s continues the sweep' "$but"
     return 0
   fi
   [[ -z "$START" || -z "$(find "$OUTPUT/run_settings.json" -newermt "@$START" 2>/dev/null)" ]] ||
@@ -174,7 +176,7 @@ find_python() {
 
 # Sets PYTHON to an interpreter that has the packages: the active environment's, else that of .venv, made if need be.
 set_up_python() {
-  local requirements="$PROJECT/requirements.txt" bundled="$PROJECT/requirements-bundled.txt" needed
+  local requirements="$PROJECT/requirements.txt" bundled="$PROJECT/requirements-bundled.txt" needed fresh=()
   needed=("$requirements")
   if [[ -z "$POLICY_MODEL_PATH" ]]; then needed+=("$bundled"); fi
   find_python
@@ -183,7 +185,8 @@ set_up_python() {
   PYTHON="$PROJECT/.venv/bin/python"
   if ! satisfies "$PYTHON" - "$requirements"; then
     say "setting up $PROJECT/.venv from requirements.txt (once, about 2 minutes)"
-    run "$SYSTEM" -m venv "$PROJECT/.venv" || fail "python3 -m venv failed; install your system's python3-venv package"
+    "$PYTHON" -c "" 2>/dev/null || fresh=(--clear)  # there is none, or the Python that it was made with is gone
+    run "$SYSTEM" -m venv ${fresh[@]+"${fresh[@]}"} "$PROJECT/.venv" || fail "$SYSTEM -m venv failed, see above; where ensurepip is missing, install your system's python3-venv package"
     run "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || fail "pip could not install requirements.txt"
   fi
   if ! satisfies "$PYTHON" - "${needed[@]}"; then
@@ -209,7 +212,8 @@ flags() {
 # Whether the arguments ask for an evaluation, which needs no ranks and no launcher; a value may follow as a word.
 evaluates() {
   local words=" ${*,,} "
-  [[ "$words" =~ \ --evaluate_only[\ =] && ! "$words" =~ \ --evaluate_only[\ =](false|no|f|n|0)\  ]]
+  words="${words//-/_}"  # --evaluate-only is the same flag
+  [[ "$words" =~ \ __evaluate_only[\ =] && ! "$words" =~ \ __evaluate_only[\ =](false|no|f|n|0)\  ]]
 }
 
 # Has Python check everything that these flags ask for and print the plan; keeps what it says is needed to start.
@@ -247,6 +251,7 @@ is_finished() {
 
 # Makes command that of several nodes: each starts its own ranks, or all are started from here, over ssh.
 of_nodes() {
+  local heeds=()
   printf '%s\n' "${HOSTS[@]}" >"$FILES/hostfile"
   command+=("--hostfile=$FILES/hostfile" "--master_addr=$ADDRESS")
   rm -f "$FILES/finished" "$FILES/status"
@@ -257,8 +262,9 @@ of_nodes() {
   fi
   printf '%s\n' "${EXPORTS[@]}" "${ENVIRONMENT[@]}" >"$FILES/environment"
   # The flags in one word of plain characters, with the working folder: a shell on each node reads the command again.
-  # Under nohup bash ignores SIGHUP, and so would all that it starts, but for env's option.
-  command=(env --default-signal=HUP ${HIDDEN[@]+"${HIDDEN[@]}"} --chdir="$PROJECT" "${ENVIRONMENT[@]}" "DS_ENV_FILE=$FILES/environment"
+  # Under nohup bash ignores SIGHUP, and so would all that it starts, but for env's option (coreutils 8.31).
+  if env --default-signal=HUP true 2>/dev/null; then heeds=(--default-signal=HUP); fi
+  command=(env ${heeds[@]+"${heeds[@]}"} ${HIDDEN[@]+"${HIDDEN[@]}"} --chdir="$PROJECT" "${ENVIRONMENT[@]}" "DS_ENV_FILE=$FILES/environment"
     "PDSH_SSH_ARGS_APPEND=${PDSH_SSH_ARGS_APPEND:-} -oBatchMode=yes -oServerAliveInterval=15 -oServerAliveCountMax=4"
     "${command[@]}" --launcher=pdsh --no_ssh_check "$SCRIPT"
     "--encoded=$(printf '%s\0' "$(pwd -P)" "$@" | gzip -9n | base64 -w0)")
@@ -286,8 +292,9 @@ say_where_the_curves_are() {
 train() {
   local code=0 command
   if [[ "$DEVICE" == cpu ]]; then check_compiler; fi
-  command=("$SCRIPTS/deepspeed" "--include=$INCLUDE" "--master_port=$PORT" --no_local_rank --log_level=error)
+  command=("$PYTHON" "$SCRIPTS/deepspeed" "--include=$INCLUDE" "--master_port=$PORT" --no_local_rank --log_level=error)
   if ((${#HOSTS[@]} == 0)); then
+    [[ ! -e /job/hostfile ]] || command+=(--hostfile=/dev/null)  # DeepSpeed would take its nodes for ours
     command=(env "${ENVIRONMENT[@]}" "${command[@]}" "$SCRIPT" "$@")
   else
     of_nodes "$@"
@@ -322,7 +329,6 @@ sweep() {
     "$DRY_RUN" || plan "${flags[@]}"
     code=0
     train "${flags[@]}" || code=$?
-    ((code != 2)) || { say "the sweep stops: this run was refused"; exit 2; }
     ((code == 0)) || failed+=("${words[0]}:$code")
   done
   LOGS="$logs"
@@ -348,9 +354,7 @@ module = ast.parse(module)
 constants = {t.id: node.value for node in module.body if isinstance(node, ast.Assign) for t in node.targets if hasattr(t, "id")}
 settings = next(node for node in module.body if getattr(node, "name", "") == "ScriptArguments").body
 fields = {line.target.id: [ast.literal_eval(x) for x in line.value.args] for line in settings if hasattr(line, "target")}
-only = zip(constants["ONLY"].keys, constants["ONLY"].values)
 names = set(fields)
-reserved = {key.value: accepted.elts[1].value for key, accepted in only if len(accepted.elts[0].elts) == 1}
 variables = set(re.findall(r'^(\w+)="\$\{', block, re.M))
 swept = [node.value for node in ast.walk(constants["SWEPT"]) if isinstance(node, ast.Constant)]
 lists = [name.upper() if name.upper() in variables else f"--{name}" for name in swept]
@@ -364,8 +368,6 @@ def wrapped(text, indent):
 def described(name, default, comment):
     field = name.lower().lstrip("-")
     text = fields.pop(field, ("", comment))[1]
-    if field in reserved:
-        text = f"Reserved: {reserved[field]}."
     text = re.sub(r"\b[a-z]+_\w+\b", lambda word: word[0].upper() if word[0] in names else word[0], text)
     quote = '"' if " " in default else ""
     return f"  {name}={quote}{default}{quote}\n{wrapped(text, ' ' * 6)}"
@@ -383,7 +385,7 @@ lines = [
     "  ./fast_train.sh --setup                               set everything up, print its Python, stop",
     '  BETA="0.01 0.05 0.1" ALPHA="0.1 0.2" ./fast_train.sh  a sweep: one run for each combination',
     "",
-    wrapped("Each variable is a flag as well: BETA=0.1 is --beta 0.1. A list, separated by spaces, may stand in", ""),
+    wrapped("Each variable but DRY_RUN is a flag as well: BETA=0.1 is --beta 0.1. A list, separated by spaces, may stand in", ""),
     wrapped(", ".join(lists) + ".", ""),
 ]
 for line in block.splitlines():
@@ -408,8 +410,8 @@ for argument in "$@"; do
   case "$argument" in
     --setup) set_up_python; printf '%s\n' "$PYTHON"; exit 0 ;;  # sets up and says which Python; tests/run.sh asks for this
     -h | --help) show_help; exit 0 ;;
-    --plan | --plan=*) fail "$argument: set DRY_RUN=1 to see the plan" ;;
-    --sweep_*) fail "$argument: a list makes a sweep, such as BETA=\"0.05 0.1\"; this flag is the launcher's own" ;;
+    --plan | --plan=* | --dry[_-]run*) fail "$argument: set DRY_RUN=1 to see the plan" ;;
+    --sweep[_-]*) fail "$argument: a list makes a sweep, such as BETA=\"0.05 0.1\"; this flag is the launcher's own" ;;
   esac
 done
 set_up_python

@@ -6275,21 +6275,6 @@ def settings_in(folder: Path) -> dict[str, Any]:
     return recorded
 
 
-def interrupted_settings(args: ScriptArguments) -> dict[str, Any]:
-    """What `recorded_settings` gave when the run in the output folder began.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        return settings_in(args.output_path)
-    except ValueError as error:
-        raise InputError(
-            f"{describe('output_dir', args.output_dir)}: RESUME is true, but {error}; "
-            "set RESUME=false and OVERWRITE=true to start anew"
-        ) from None
-
-
 def differences(recorded: Mapping[str, Any], current: Mapping[str, Any], state: str) -> list[tuple[str, str]]:
     """What sets the run that was recorded apart from this one, and how to undo it.
 
@@ -6312,16 +6297,21 @@ def differences(recorded: Mapping[str, Any], current: Mapping[str, Any], state: 
     return changed
 
 
-def require_same_settings(args: ScriptArguments, current: Mapping[str, Any]) -> None:
-    """Raises InputError where the settings, or the content of an input, differ from those of the interrupted run."""
-    changed = differences(interrupted_settings(args), current, "interrupted")
-    if changed:
-        raise InputError(
-            *(
-                f"RESUME is true, but {what}; {remedy}, or OVERWRITE=true and RESUME=false to start anew"
-                for what, remedy in changed
-            )
-        )
+def require_same_settings(args: ScriptArguments, current: Mapping[str, Any]) -> dict[str, Any]:
+    """What `recorded_settings` gave when the interrupted run in the output folder began.
+
+    Raises:
+        InputError: it cannot be read, or the settings or the content of an input are others now.
+    """
+    anew = "OVERWRITE=true and RESUME=false to start anew"
+    try:
+        recorded = settings_in(args.output_path)
+    except ValueError as error:
+        where = describe("output_dir", args.output_dir)
+        raise InputError(f"{where}: RESUME is true, but {error}; set {anew}") from None
+    if changed := differences(recorded, current, "interrupted"):
+        raise InputError(*(f"RESUME is true, but {what}; {remedy}, or {anew}" for what, remedy in changed))
+    return recorded
 
 
 def folder_problems(name: str, folder: Path, value: str) -> list[str]:
@@ -6491,6 +6481,10 @@ OWNED = {
     "scheduler": (None, "--lr_scheduler_type"),
     "compute_grad_norm": (None, "--max_grad_norm"),
 }
+# What a block of fp16 may say beside; nothing else in this program decides on it.
+LOSS_SCALING = {
+    *("loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "consecutive_hysteresis", "min_loss_scale")
+}
 
 
 def settled(args: ScriptArguments, devices: Devices) -> dict[str, Any]:
@@ -6515,11 +6509,14 @@ def owned_problems(where: str, config: Mapping[str, Any], values: Mapping[str, A
     """
     problems = []
     for part, (only, instead) in OWNED.items():
-        if part not in config or config[part] == only or (part in values and config[part] == values[part]):
+        said = config.get(part)
+        if isinstance(said, dict) and only:
+            said = {name: value for name, value in said.items() if name not in LOSS_SCALING}
+        if part not in config or said == only or (part in values and said == values[part]):
             continue
         accepted = f"set it to {json.dumps(only)} or leave it out" if only else "leave it out"
-        here = f", but the settings make it {values[part]!r}" if type(config[part]) in (int, float) and values else ""
-        problems.append(f"{where}: {part} is {config[part]!r}{here}; {accepted}, and set {instead}")
+        here = f", but the settings make it {values[part]!r}" if type(said) in (int, float) and values else ""
+        problems.append(f"{where}: {part} is {said!r}{here}; {accepted}, and set {instead}")
     return problems
 
 
@@ -6598,7 +6595,7 @@ def ds_config_problems(args: ScriptArguments, devices: Devices | None) -> list[s
     if not isinstance(zero, dict):
         return [f"{where}: not a JSON object, or its zero_optimization is none; name a DeepSpeed configuration"]
     problems = owned_problems(where, config, settled(args, devices) if devices else {})
-    if (stage := zero.get("stage", 0)) not in (0, 1, 2, 3) or isinstance(stage, bool):
+    if type(stage := zero.get("stage", 0)) is not int or stage not in (0, 1, 2, 3):
         return [*problems, f"{where}: there is no ZeRO stage {stage!r}; use 0, 1, 2 or 3"]
     with contextlib.redirect_stdout(None):  # DeepSpeed greets there
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -6607,6 +6604,8 @@ def ds_config_problems(args: ScriptArguments, devices: Devices | None) -> list[s
     except ValueError as error:
         reason = shortened(" ".join(str(error).split()))
         return [*problems, f"{where}: zero_optimization cannot be used: {reason}; mend it"]
+    if old := [name for name in ("cpu_offload", "cpu_offload_param") if zero.get(name)]:
+        return [*problems, f"{where}: zero_optimization.{old[0]} is a name of old; leave it out and set OFFLOAD"]
     if args.zero_stage not in ONLY["zero_stage"][0] or args.offload not in ONLY["offload"][0]:
         return problems
     dtype = precision_dtype(args.precision, devices.on_gpu) if devices else None
@@ -6645,6 +6644,15 @@ def problems_of(check: Callable[..., Any], *arguments: Any) -> tuple[Any, list[s
         return None, error.problems
     except (OSError, RuntimeError) as error:  # a path that the system will not even look up
         return None, [f"{error}; check the paths"]
+
+
+def check_prompt_length(args: ScriptArguments, pairs: Mapping[str, Sequence[Pair]]) -> None:
+    """Raises InputError where the chat template of a model that is here leaves no room within MAX_PROMPT_LENGTH."""
+    folder = os.path.expanduser(args.policy_model_path) or str(BUNDLED_MODEL_DIR)
+    _, tokenizer = load_config_and_tokenizer(folder, args.policy_model_path)
+    tokenize = PairTokenizer(tokenizer, Prefix(num_virtual_tokens=1), args.max_length, args.max_prompt_length)
+    for pair in (of_split[0] for of_split in pairs.values() if of_split):
+        tokenize.encode_prompt(pair.prompt, pair.history)
 
 
 def soft_prompt_size(args: ScriptArguments) -> int | None:
@@ -6696,6 +6704,8 @@ def check_inputs(
         *(of_evaluation if args.evaluate_only else of_training),
     ):
         problems += check(concerns, function, argument) or []
+    if not args.policy_model_path and not (BUNDLED_MODEL_DIR / "config.json").exists():  # it is converted into it
+        problems += folder_problems("policy_model_path", BUNDLED_MODEL_DIR, "")
     config = check({"policy_model_path"}, local_config, args.policy_model_path)
     lora = {"lora_dropout", "adapter_path"} if args.adapter_path else {"lora_dropout", *LORA_SHAPE}
     if args.trains_prefix or (args.evaluate_only and not args.adapter_path):
@@ -6722,6 +6732,8 @@ def check_inputs(
     splits = [] if "data_format" in wrong else args.sources
     read = {split: check({f"{split}_dataset_path"}, read_split, args, split, reader) for split in splits}
     divided = check({"test_share"}, divide, args, read) if read and all(read.values()) else None
+    if config is not None and divided:
+        check({"max_prompt_length", "policy_model_path"}, check_prompt_length, args, divided[0])
     if args.training_mode == "embedding" or (args.trains_prefix and not problems):
         check({args.soft_prompt_setting, "policy_model_path"}, soft_prompt_size, args)
     if args.resume and not args.evaluate_only and not problems:
@@ -7731,8 +7743,7 @@ def take_folders(
         locks = [lock_folder(name, folder) for name, folder in folders.items()]
         run, earlier = uuid.uuid4().hex, None
         if args.resume:
-            require_same_settings(args, settings)
-            run = interrupted_settings(args).get("run", run)
+            run = require_same_settings(args, settings).get("run", run)
         else:
             earlier = make_way(args)
         write_json(args.output_path / RUN_SETTINGS, settings | {"run": run})
@@ -7855,13 +7866,12 @@ def build_policy_in_memory(
 
 def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
     """What TensorBoard's HParams tab compares, of runs of any mode."""
-    undecided = {name for name, (accepted, _) in ONLY.items() if len(accepted) == 1}
     elsewhere = {
         *(*LAUNCHERS_OWN, "preset", "output_dir", "log_dir", "reference_cache", "resume", "overwrite", "eval_steps"),
         *("evaluate_only", "evaluation_file"),
     }
     devices = {"gpu_nodes", "cpu_ranks", "zero_stage", "offload", "ds_config", *OF_NODES}
-    left_out = undecided | elsewhere | devices
+    left_out = elsewhere | devices
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
 
 
@@ -7990,6 +8000,8 @@ def program() -> None:
     """`main` as a program: what the user can mend is one message, with exit status 2 before a run began, else 1."""
     gc.freeze()  # all that has been imported
     gc.enable()
+    for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack what data and messages hold
+        stream.reconfigure(errors="backslashreplace")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no library runs code that a tensor file asks for
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     if not torch.cuda.is_available():

@@ -230,6 +230,10 @@ FLAGS = {
     "no room for prompts": case(
         "MAX_PROMPT_LENGTH (--max_prompt_length) is 0: must be at least 1 token", MAX_PROMPT_LENGTH="0"
     ),
+    "no room beside the template": case(
+        "MAX_PROMPT_LENGTH (--max_prompt_length) is 4, but the chat template alone takes 16 tokens of every prompt; …",
+        MAX_PROMPT_LENGTH="4",
+    ),
     "seed below 0": case("SEED (--seed) is -1: must lie between 0 and 2**32 - 1", SEED="-1"),
     "evaluations before the start": case(
         "EVAL_STEPS (--eval_steps) is -5: must be at least 0 updates; 0 evaluates only at the start and the end",
@@ -710,10 +714,9 @@ MODELS = {
     ),
     "broken tokenizer": model(model_with({"tokenizer.json": "{"}), "it cannot be loaded (tokenizer.json): …; …"),
     "broken chat template": case(
-        "…the chat template of {here}/model fails: Expected an expression, got 'end of statement block'…",
+        "the chat template of ./model fails: Expected an expression, got 'end of statement block'…",
         files={"model": model_with({"chat_template.jinja": "{% for %}"})},
         POLICY_MODEL_PATH="./model",
-        trains=True,
     ),
     "tokenizer with more tokens than the model": model(
         model_with({"config.json": {"vocab_size": 100}}), "…token…100…; …"
@@ -866,7 +869,7 @@ OUTPUTS = {
         FINISHED, "RESUME is true, but the run in it is finished; set RESUME=false to start a new one", RESUME="true"
     ),
     "damaged settings of a run to resume": output(
-        {**STARTED, "run_settings.json": "{"}, "RESUME is true, but …; set RESUME=false…", RESUME="true"
+        {**STARTED, "run_settings.json": "{"}, "RESUME is true, but …; set OVERWRITE=true…", RESUME="true"
     ),
     "logs in the output": case(
         "LOG_DIR (--log_dir) is '{here}/out/logs': lies in OUTPUT_DIR, with which it would be moved; name another",

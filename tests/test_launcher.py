@@ -149,6 +149,8 @@ def test_without_a_compiler_the_cpu_path_says_so(tiny_run, tmp_path):
     [
         ({"DRY_RUN": "maybe"}, [], "DRY_RUN is 'maybe': must be 0 or 1"),
         ({}, ["--plan"], "set DRY_RUN=1 to see the plan"),
+        ({}, ["--dry-run=1"], "set DRY_RUN=1 to see the plan"),
+        ({"TEST_DATASET_PATH": "none.jsonl"}, ["--evaluate-only"], "data file none.jsonl does not exist"),
     ],
 )
 def test_the_launchers_own_words(tmp_path, variables, flags, phrase):
@@ -188,8 +190,7 @@ def test_help_explains_every_setting_without_any_package(tmp_path):
         default = default.replace("$DEFAULT_PREFERENCE", f'"{T.ScriptArguments.preference_text}"')
         assert shown.count(f"\n  {name}={default}\n") == 1, name
     for name, field in fields.items():
-        own, reserved = name in T.LAUNCHERS_OWN, len(T.ONLY.get(name, ("12",))[0]) == 1
-        text = f"Reserved: {T.ONLY[name][1]}." if reserved else field.metadata["help"]
+        own, text = name in T.LAUNCHERS_OWN, field.metadata["help"]
         for other in fields:  # in the launcher's names
             text = re.sub(rf"\b{other}\b", other.upper(), text) if "_" in other else text
         assert (text in words) != own, name
@@ -207,12 +208,16 @@ def test_help_begins_with_what_to_do(tmp_path):
     assert subjects == re.findall(r"^# -+ (.*?) -+$", EDIT_BLOCK, re.M)
 
 
-def test_an_environment_without_the_packages_gets_a_venv(tmp_path):
+@pytest.mark.parametrize("there", ["nothing", "one whose Python is gone"])
+def test_an_environment_without_the_packages_gets_a_venv(there, tmp_path):
     """With a python3 that lacks them the launcher makes .venv and installs there; here pip only records its calls."""
     clone, recorder = tmp_path / "clone", tmp_path / "pip.log"
     clone.mkdir()
     for name in ("fast_train.sh", "requirements.txt", "requirements-bundled.txt"):
         (clone / name).write_text((PROJECT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    if there != "nothing":
+        (clone / ".venv/bin").mkdir(parents=True)
+        (clone / ".venv/bin/python").symlink_to(tmp_path / "gone")
     fake = tmp_path / "bin" / "python3"
     fake.parent.mkdir()
     fake.write_text(
@@ -220,7 +225,7 @@ def test_an_environment_without_the_packages_gets_a_venv(tmp_path):
 case "$*" in
   *sys.executable*) echo "{fake}" ;;
   *version_info*) exit 0 ;;
-  "-m venv "*) mkdir -p "$3/bin"; cp "{fake}" "$3/bin/python" ;;
+  "-m venv --clear "*) rm -rf "$4"; mkdir -p "$4/bin"; cp "{fake}" "$4/bin/python" ;;
   "-m pip "*) echo "$0 $*" >> "{recorder}" ;;
   *) exit 1 ;;
 esac

@@ -472,6 +472,12 @@ REFUSED = {
     ),
     "a stage that there is not": ([], {"stage": 4}, "DS_CONFIG (--ds_config) is '{}': there is no ZeRO stage 4; use 0"),
     "no number for a stage": ([], {"stage": True}, "DS_CONFIG (--ds_config) is '{}': there is no ZeRO stage True"),
+    "no whole number for a stage": ([], {"stage": 2.0}, "DS_CONFIG (--ds_config) is '{}': there is no ZeRO stage 2.0"),
+    "a name of old": (
+        [],
+        {"stage": 2, "cpu_offload": True},
+        "DS_CONFIG (--ds_config) is '{}': zero_optimization.cpu_offload is a name of old; leave it out and set OFFLOAD",
+    ),
 }
 
 
@@ -490,6 +496,14 @@ def test_bf16_in_the_configuration_must_be_what_precision_is(tmp_path):
     assert 'bf16 is {\'enabled\': True}; set it to {"enabled": "auto"} or leave it out, and set PRECISION' in problem
     args.precision = "bf16"
     assert T.ds_config_problems(args, cpu) == []
+
+
+def test_how_fp16_scales_the_loss_may_stand_in_the_configuration(tmp_path):
+    scaling = {"loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2}
+    parts = {"zero_optimization": {"stage": 2}, "fp16": {"enabled": "auto", **scaling, "min_loss_scale": 1}}
+    args = parse(own(tmp_path, **parts))
+    assert T.ds_config_problems(args, T.Devices("localhost:0", 1, on_gpu=False)) == []
+    assert T.deepspeed_config(args, on_gpu=False)["fp16"] == parts["fp16"]
 
 
 PLANNED = {
