@@ -1338,7 +1338,7 @@ def parse_repeated(record: Record) -> Parsed:
 
 def message_list(value: Any) -> list | None:
     """A list of messages, as it stands or as JSON text, which a CSV file has in a cell."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
         try:
             found = json.loads(value, **JSON_OPTIONS)
         except (ValueError, RecursionError):
@@ -1401,7 +1401,7 @@ def parse_transcript(record: Record) -> Parsed:
     conversations = []
     for name in PAIR_FIELDS[1:]:
         text = text_field(record, name)
-        text = text if text.startswith(before) else before + text
+        text = text if text.lstrip().startswith(before.strip()) else before + text
         start, *pieces = TURN.split(text.strip())
         if start or not pieces:
             raise ValueError(f"field {name!r} is no transcript: it does not begin with 'Human:' or 'Assistant:'")
@@ -1516,10 +1516,10 @@ def checked_record(record: Any) -> Record:
 
 
 def prompt_elsewhere(record: Record, pair: Pair) -> bool:
-    """Whether a message list has a text beside it, as its prompt, that is none of its messages."""
-    prompt, messages = record.get("prompt"), (*pair.history, ("user", pair.prompt))
-    is_text = isinstance(prompt, str) and message_list(prompt) is None
-    return is_text and prompt.split() not in [content.split() for _, content in messages]
+    """Whether a message list has a prompt beside it, a text or messages, of which it does not hold all."""
+    prompt = attempt(messages_field, record, "prompt", "user")
+    said = [content.split() for _, content in (*pair.history, ("user", pair.prompt))]
+    return isinstance(prompt, list) and any(content.split() not in said for _, content in prompt)
 
 
 def read_table(table: Table, data_format: str = "auto") -> tuple[list[Pair], DataReport]:
@@ -1555,7 +1555,7 @@ def read_table(table: Table, data_format: str = "auto") -> tuple[list[Pair], Dat
         found, pairs = without_prompts(table, pairs)
     if elsewhere:
         where = f"in {elsewhere} rows of {table.path}"
-        report.notices.append(f"{where} the field prompt is none of the messages of chosen: the messages count")
+        report.notices.append(f"{where} the field prompt says what no message of chosen does: the messages count")
     report.formats[found or "plain"] = [str(table.path)]
     return [pair for pair in pairs if teaches(pair, report)], report
 
@@ -1983,6 +1983,8 @@ class TokenizedPair:
 
 ID_FIELDS = ("prompt_ids", "pref_prompt_ids", "chosen_ids", "rejected_ids")
 MANY_PAIRS = 2000
+THOUGHT = "<think>"
+TEMPLATE_DAY, TODAY = datetime.date(2024, 7, 26), re.compile(r"strftime_now\((['\"])(.*?)\1\)")
 ENCODED = Features(
     {name: List(Value("int64")) for name in ID_FIELDS}
     | {name: Value("int64") for name in ("prompts_cut", "answers_cut")}
@@ -1999,7 +2001,14 @@ class PairTokenizer:
     An answer is cut at the end so that plain prompt and answer have at most `max_length` tokens, and then has no end
     token.
 
+    Where a template's finished turn begins an answer otherwise than its generation prompt does, with an empty thought
+    or a channel, prompts end as the finished turn has it, and where an answer of a pair brings its own thought, before
+    that. A day that a template shows is always the same one, so that a run can go on tomorrow.
+
     Without a chat template, plain rows are taken as they are, and conversations written as transcripts.
+
+    Attributes:
+        notices: what a user should know of the template.
 
     Raises:
         InputError: the tokenizer has no end token or no character offsets, or the template leaves no room.
@@ -2015,14 +2024,21 @@ class PairTokenizer:
         bos_id, specials = tokenizer.bos_token_id, tokenizer("").input_ids
         # a template decides itself about the beginning of the text
         self.bos_ids = [bos_id] if bos_id is not None and bos_id in specials and not self.has_template else []
+        self.adds_space = tokenizer.decode(self._ids("a") + self._ids("a")) == "a a"  # in front of every text
+        self.surplus, self.opening_ids, self.opened_thought, self.notices = 0, [], "", []
         if self.has_template:
-            self.has_system_role, self.end_id = self._shows_system_message(), self._find_end_id()
+            self.template = TODAY.sub(
+                lambda found: repr(TEMPLATE_DAY.strftime(found[2])), tokenizer.get_chat_template()
+            )
+            if self.template != tokenizer.get_chat_template():
+                self.notices.append(f"the chat template shows the day: it is {TEMPLATE_DAY} in all prompts")
+            self.has_system_role = self._shows_system_message()
+            self.space, self.end_id = self._read_finished_turn()
             self.plain_frame, self.pref_frame = self._frame(self._plain), self._frame(self._guided)
         else:
             self.has_system_role, self.end_id = True, tokenizer.eos_token_id  # a transcript begins with that text
             self.plain_frame, self.pref_frame = ("", ""), (self._without_bos(prefix.before_prompt("")), "")
-            # in a transcript, an answer follows a space; some tokenizers put one in front of every text
-            self.space = "" if tokenizer.decode(self._ids("a") + self._ids("a")) == "a a" else " "
+            self.space = " "  # in a transcript
         self.head_ids, self.pref_head_ids = (
             self.bos_ids + self._ids(before) for before, _ in (self.plain_frame, self.pref_frame)
         )
@@ -2037,8 +2053,10 @@ class PairTokenizer:
         Raises:
             InputError: the template cannot be applied to the pair's conversation.
         """
+        answers = (pair.chosen, pair.rejected)
+        think = [answer.lstrip().startswith(THOUGHT) for answer in answers]
         try:
-            encoded = self.encode_prompt(pair.prompt, pair.history)
+            encoded = self.encode_prompt(pair.prompt, pair.history, [] if any(think) else self.opening_ids)
         except InputError as error:
             where = f"{places_of([pair])}: " if pair.history else ""  # which not every template can show
             raise InputError(*(f"{where}{problem}" for problem in error.problems)) from error
@@ -2048,10 +2066,12 @@ class PairTokenizer:
         prompt_ids, pref_prompt_ids, prompt_cut = encoded
         room = self.max_length - len(prompt_ids)
         in_transcript = pair.history is not None and not self.has_template
-        chosen, rejected = (self.encode_answer(answer, in_transcript) for answer in (pair.chosen, pair.rejected))
+        chosen, rejected = (self.encode_answer(answer, in_transcript) for answer in answers)
         if len(chosen) == 1 or len(rejected) == 1:  # nothing but the end token
             report.drop("with an empty answer", pair.row, pair.file)
             return None
+        if think[0] != think[1]:
+            chosen, rejected = self.opening_ids * think[1] + chosen, self.opening_ids * think[0] + rejected
         if chosen[:room] == rejected[:room]:
             report.drop("whose answers are the same within MAX_LENGTH", pair.row, pair.file)
             return None
@@ -2074,14 +2094,23 @@ class PairTokenizer:
         end = self.tokenizer.convert_ids_to_tokens(self.end_id)
         if answer.rstrip().endswith(end):
             answer = answer.rstrip().removesuffix(end)
-        if in_transcript and answer and not answer[0].isspace():
+        if self.opened_thought and answer.lstrip().startswith(THOUGHT):
+            answer = answer.lstrip().removeprefix(THOUGHT).removeprefix(self.opened_thought.removeprefix(THOUGHT))
+        elif (in_transcript or self.has_template) and answer and not answer[0].isspace():
             answer = self.space + answer
-        return self._ids(answer, split_special_tokens=True) + [self.end_id]
+        ids = self._ids(answer, split_special_tokens=True)
+        if self.adds_space:  # as in the midst of a text
+            before, both = self._ids("\n"), self._ids("\n" + answer, split_special_tokens=True)
+            ids = both[len(before) :] if both[: len(before)] == before else ids
+        return ids + [self.end_id]
 
     def encode_prompt(
-        self, prompt: str, history: tuple[Message, ...] | None = None
+        self, prompt: str, history: tuple[Message, ...] | None = None, opening_ids: Sequence[int] = ()
     ) -> tuple[list[int], list[int], bool] | None:
         """Ids of the plain and of the prefixed prompt, and whether content was cut; None where history leaves no room.
+
+        Args:
+            opening_ids: what the prompts end with beside what the template's generation prompt and answers share.
 
         Raises:
             InputError: the template alone leaves none, or cannot be applied.
@@ -2089,6 +2118,7 @@ class PairTokenizer:
         for shown in shorter_histories(history):
             plain_frame, pref_frame = self._frames(shown)
             head, content, tail, spanning = self._encode_parts(self._plain, plain_frame, prompt, shown)
+            tail = [*tail[: max(0, len(tail) - self.surplus)], *opening_ids]
             if len(head) + len(content) + len(tail) <= self.max_prompt_length:
                 pref_head, pref_content, *_ = self._encode_parts(self._guided, pref_frame, prompt, shown)
                 # Where the prefix changes how the content's first token is cut, the content keeps its plain ids.
@@ -2186,7 +2216,7 @@ class PairTokenizer:
 
     def _apply_template(self, messages: Messages, **options) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            return self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False, **options)
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template of {self.tokenizer.name_or_path} fails: {error}") from error
 
@@ -2197,12 +2227,33 @@ class PairTokenizer:
             return probe.text in self._render(probe.as_system_message, PLACEHOLDER)
         return False
 
-    def _find_end_id(self) -> int:
-        """The token with which the template ends an assistant's turn, else the end-of-sequence token."""
-        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACEHOLDER}]
-        after = self._apply_template(turn).split(PLACEHOLDER)[-1]
-        special_ids = self.tokenizer.added_tokens_decoder
-        return next((i for i in self._ids(after) if i in special_ids), self.tokenizer.eos_token_id)
+    def _read_finished_turn(self) -> tuple[str, int]:
+        """The space before an answer, and the token with which an assistant's turn ends, else the end-of-sequence token.
+
+        Notes also what the generation prompt has that a finished turn lacks (the last `surplus` tokens), what that has
+        in its place (`opening_ids`), and the beginning of a thought that both have before that, if any.
+        """
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": PLACEHOLDER}
+        prompt = self._apply_template([question], add_generation_prompt=True)
+        before, *after = self._apply_template([question, answer]).split(PLACEHOLDER)
+        end_ids = [i for i in self._ids("".join(after[-1:])) if i in self.tokenizer.added_tokens_decoder]
+        end_id = end_ids[0] if end_ids else self.tokenizer.eos_token_id
+        if before == prompt or not after:  # some templates show no answer
+            return "", end_id
+        start = before[: max(len(before.rstrip(" ")), len(os.path.commonprefix([prompt, before])))]
+        prompt_ids, start_ids = self._ids(prompt), self._ids(start)
+        same = len(os.path.commonprefix([prompt_ids, start_ids]))
+        self.surplus, self.opening_ids = len(prompt_ids) - same, start_ids[same:]
+        shared = self.tokenizer.decode(start_ids[:same])
+        if shared.rstrip().endswith(THOUGHT):
+            self.opened_thought = THOUGHT + shared.rpartition(THOUGHT)[2]
+        if self.surplus or self.opening_ids:
+            ends, opens = (self.tokenizer.decode(ids[same:]) for ids in (prompt_ids, start_ids))
+            self.notices.append(
+                f"the chat template begins a finished answer with {opens!r} where its generation prompt ends with "
+                f"{ends!r}: so do the prompts here, but before answers that bring their own {THOUGHT}"
+            )
+        return before[len(start) :], end_id
 
 
 def transcript(messages: Messages) -> str:
@@ -6483,7 +6534,14 @@ OWNED = {
 }
 # What a block of fp16 may say beside; nothing else in this program decides on it.
 LOSS_SCALING = {
-    *("loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "consecutive_hysteresis", "min_loss_scale")
+    *(
+        "loss_scale",
+        "loss_scale_window",
+        "initial_scale_power",
+        "hysteresis",
+        "consecutive_hysteresis",
+        "min_loss_scale",
+    )
 }
 
 
@@ -7711,6 +7769,7 @@ def tokenize_datasets(
     """
     tokenize = PairTokenizer(tokenizer, prefix, args.max_length, args.max_prompt_length)
     datasets = {split: PairDataset(tokenize_pairs(pairs[split], reports[split], tokenize)) for split in pairs}
+    next(iter(reports.values())).notices.extend(tokenize.notices)
     tokenized = [pair for dataset in datasets.values() for pair in dataset.pairs]
     problems = vocabulary_problems(config, args.policy_model_path, tokenized)
     problems += context_problems(config, args, prefix, tokenized)

@@ -704,12 +704,26 @@ def test_answers_to_different_conversations_are_dropped(tmp_path):
 
 
 def test_a_prompt_beside_messages_that_is_none_of_them_gets_a_notice(tmp_path):
-    rows = [messages(USER, ANSWER, prompt=prompt) for prompt in ("Q?", "X?", "Y?")]
+    rows = [messages(USER, ANSWER, prompt=prompt) for prompt in ("Q?", "X?", [SYSTEM, USER], [USER], 7, None)]
     pairs, report = T.read_pairs(write_rows(tmp_path / "a.jsonl", rows))
-    assert [pair.prompt for pair in pairs] == ["Q?"] * 3
+    assert [(pair.prompt, pair.history) for pair in pairs] == [("Q?", ())] * 6
     assert report.notices == [
-        f"in 2 rows of {tmp_path / 'a.jsonl'} the field prompt is none of the messages of chosen: the messages count"
+        f"in 2 rows of {tmp_path / 'a.jsonl'} the field prompt says what no message of chosen does: the messages count"
     ]
+
+
+@pytest.mark.parametrize("layout", [{"indent": 1}, {"separators": (",", ":")}])
+def test_messages_may_be_json_text_of_any_layout(layout, tmp_path):
+    row = {name: json.dumps([USER, answer], **layout) for name, answer in (("chosen", ANSWER), ("rejected", OTHER))}
+    (pair,), report = T.read_pairs(write_rows(tmp_path / "a.jsonl", [row]))
+    assert (pair.prompt, pair.history, pair.chosen) == ("Q?", (), ANSWER["content"]) and "messages" in report.formats
+
+
+@pytest.mark.parametrize("prompt", ["Human: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant: "])
+def test_a_transcript_repeats_its_prompt_whatever_white_space_is_around_it(prompt, tmp_path):
+    row = {"prompt": prompt, "chosen": "\n\nHuman: Hi\n\nAssistant: A.", "rejected": "Human: Hi\n\nAssistant: B."}
+    (pair,), _ = T.read_pairs(write_rows(tmp_path / "a.jsonl", [row]))
+    assert (pair.prompt, pair.history, pair.chosen, pair.rejected) == ("Hi", (), "A.", "B.")
 
 
 def test_a_column_may_have_any_name(tmp_path):

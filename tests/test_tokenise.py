@@ -453,6 +453,116 @@ def test_the_end_token_is_the_one_that_ends_the_templates_turn(tokenizer, name):
     assert run(changed, pair(chosen=f"Four.{text}"))[0].chosen_ids == done.chosen_ids
 
 
+# --- where a finished turn is not what the generation prompt begins
+
+OPENED = "<|im_start|>assistant\n"
+FINISHED = {  # generation prompt, what stands before a finished answer → what else than that has a place
+    "an empty thought": (OPENED, OPENED + "<think>\n\n</think>\n\n", OPENED),  # Qwen3
+    "a thought that is open": (OPENED + "<think>\n", OPENED + "<think>\n\n</think>\n\n", OPENED),  # Qwen3.6
+    "no thought": (OPENED + "<think>\n", OPENED, OPENED),  # DeepSeek-R1
+    "a channel": (
+        "<|im_start|>assistant",
+        "<|im_start|>assistant<|im_end|>final\n",
+        "<|im_start|>assistant",
+    ),  # gpt-oss
+    "a space": ("<|im_start|>assistant:", "<|im_start|>assistant: ", "<|im_start|>assistant: "),  # Llama-2
+    "no generation prompt": ("", OPENED, ""),
+}
+
+
+def finishes(tokenizer, name):
+    """A tokenizer whose template begins and finishes an answer in these ways, and what stands before its answers."""
+    opened, before, thinks = FINISHED[name]
+    turn = CHATML.partition("{% if add_generation_prompt")[0]
+    template = turn.replace("'<|im_start|>' + message['role'] + '\n'", "begins")
+    template = template.replace(
+        "{% for message in messages %}",
+        "{% for message in messages %}{% set begins = BEFORE if message['role'] == 'assistant' "
+        "else '<|im_start|>' + message['role'] + '\n' %}",
+    ).replace("BEFORE", repr(before))
+    changed = variant(tokenizer, template + "{% if add_generation_prompt %}{{ " + repr(opened) + " }}{% endif %}")
+    changed.add_tokens(["<think>", "</think>"])
+    assert template_text(changed, "Four.").endswith(f"{before}Four.<|im_end|>\n")
+    return changed, before, thinks
+
+
+def template_text(tokenizer, answer: str) -> str:
+    """The template's own finished conversation."""
+    turns = [{"role": "user", "content": "Two plus two?"}, {"role": "assistant", "content": answer}]
+    return tokenizer.apply_chat_template(turns, tokenize=False)
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_an_answer_stands_where_the_template_puts_it(tokenizer, name):
+    changed, before, _ = finishes(tokenizer, name)
+    done, _ = run(changed, pair())
+    whole = ids(changed, template_text(changed, "Four.").removesuffix("\n"))
+    assert done.prompt_ids + done.chosen_ids == whole
+    assert (
+        changed.decode(done.prompt_ids).endswith(before.rstrip(" "))
+        and changed.decode(done.chosen_ids[1:]) in "Four." + END
+    )
+    assert done.pref_prompt_ids[-len(ids(changed, before.rstrip(" "))) :] == ids(changed, before.rstrip(" "))
+    tight = len(done.prompt_ids) - 1  # what the template puts there is part of it
+    cut, report = run(changed, pair(), max_prompt_length=tight)
+    assert report.truncated_prompts == 1 and len(cut.prompt_ids) == tight
+    assert cut.prompt_ids[-5:] == done.prompt_ids[-5:]
+
+
+@pytest.mark.parametrize("name", ["an empty thought", "a thought that is open", "no thought"])
+def test_an_answer_may_bring_its_own_thought(tokenizer, name):
+    changed, before, thinks = finishes(tokenizer, name)
+    thought = "<think>\nTwice two.\n</think>\n\nFour."
+    own, _ = run(changed, pair(chosen=thought, rejected=thought + "!"))
+    mixed, _ = run(changed, pair(chosen=thought))
+    head = changed.decode(run(changed, pair())[0].prompt_ids).removesuffix(before)
+    for done in (own, mixed):
+        assert changed.decode(done.prompt_ids + done.chosen_ids) == head + thinks + thought + END
+    assert changed.decode(mixed.prompt_ids + mixed.rejected_ids) == head + before + "Five, I think." + END
+
+
+def test_what_the_template_begins_an_answer_with_is_said(tokenizer):
+    notices = T.PairTokenizer(finishes(tokenizer, "no thought")[0], T.Prefix(), 300, 128).notices
+    assert notices == [
+        "the chat template begins a finished answer with '' where its generation prompt ends with '<think>\\n': so do the "
+        "prompts here, but before answers that bring their own <think>"
+    ]
+    assert T.PairTokenizer(tokenizer, T.Prefix(), 300, 128).notices == []
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+@pytest.mark.parametrize("template", ["Zephyr", "Llama-2", None])
+def test_no_space_comes_between_prompt_and_answer(scheme, template):
+    """Where the tokenizer, SentencePiece's, puts a space in front of every text: it belongs to the beginning alone."""
+    texts = ["Two plus two? Four. Five, I think.", "user\nassistant\n[INST] a [/INST]"] * 9
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    core.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    core.train_from_iterator(texts, trainer)
+    changed = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    changed.chat_template = {
+        "Zephyr": "{% for m in messages %}{{ m['role'] + '\n' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}",
+        "Llama-2": "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' ' + "
+        "m['content'] }}{% endfor %}",
+        None: None,
+    }[template]
+    one = pair() if template else pair("Two plus two?", " Four.", " Five, I think.")
+    done, _ = run(changed, one, text="")
+    whole = template_text(changed, "Four.").removesuffix("\n") if template else "Two plus two? Four."
+    assert changed.unk_token_id not in ids(changed, whole)
+    assert done.prompt_ids + done.chosen_ids[:-1] == ids(changed, whole)
+
+
+@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now("%d %b %Y")'])
+def test_a_template_that_shows_the_day_shows_one_day(tokenizer, call):
+    changed = variant(tokenizer, "{{ " + call + " }}" + CHATML)
+    made = T.PairTokenizer(changed, T.Prefix(), 300, 128)
+    assert changed.decode(made(pair(), T.DataReport(Path("memory"))).prompt_ids).startswith("26 Jul 2024<|im_start|>")
+    assert made.notices == ["the chat template shows the day: it is 2024-07-26 in all prompts"]
+
+
 # --- pairs that cannot teach
 
 
