@@ -218,7 +218,7 @@ evaluates() {
 
 # Has Python check everything that these flags ask for and print the plan; keeps what it says is needed to start.
 plan() {
-  local line name value
+  local line name value allocator=PYTORCH_ALLOC_CONF
   say "checking settings, files and data"
   run "$PYTHON" "$SCRIPT" "$@" --plan true >"$FILES/plan" || exit
   ENVIRONMENT=() HOSTS=() EXPORTS=() HIDDEN=()
@@ -240,8 +240,11 @@ plan() {
       *) ENVIRONMENT+=("$name=$value") ;;
     esac
   done <"$FILES/plan"
-  # PyTorch reads PYTORCH_ALLOC_CONF, older ones PYTORCH_CUDA_ALLOC_CONF: segments that grow waste less GPU memory.
-  ENVIRONMENT+=("PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}" "TOKENIZERS_PARALLELISM=false")
+  # Segments that grow waste less GPU memory; PyTorch reads the older name first.
+  [[ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]] || allocator=PYTORCH_CUDA_ALLOC_CONF
+  value="${!allocator:-}"
+  [[ "$value" == *expandable_segments* ]] || value+="${value:+,}expandable_segments:True"
+  ENVIRONMENT+=("$allocator=$value" "TOKENIZERS_PARALLELISM=false")
 }
 
 # Succeeds where the run is finished: it has a new model card, or, on a node that need not see it, has said so.

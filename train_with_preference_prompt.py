@@ -738,8 +738,9 @@ def path_problems(args: ScriptArguments) -> list[str]:
     named |= {f"{split}_dataset_path": [source.name for source in sources] for split, sources in args.sources.items()}
     for name, path in ((name, path) for name, paths in named.items() for path in paths):
         where = describe(name, getattr(args, name))
-        if re.search(r"[\x00-\x1f\x7f-\x9f]", path):
-            problems.append(f"{where}: holds control characters; name a path without them")
+        if broken := re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", path):  # a half surrogate is a byte of no UTF-8
+            what = "control characters" if broken[0] < "\ud800" else "bytes that are not UTF-8"
+            problems.append(f"{where}: holds {what}; name a path without them")
             continue
         if (whole := os.path.expanduser(path)).startswith("~"):
             problems.append(f"{where}: there is no user {path.split('/')[0].lstrip('~')}; name another path")
@@ -2988,7 +2989,8 @@ def dequantise(model: PreTrainedModel) -> PreTrainedModel:
 
 def weights_digest(model: nn.Module) -> str:
     """Identity of a model's weights: SHA-256 of names, shapes, dtypes and bytes; of 4 bits with what scales them."""
-    digest, weights = hashlib.sha256(), list(model.named_parameters())
+    digest, kept = hashlib.sha256(), model.state_dict().keys()
+    weights = [*model.named_parameters(), *(buffer for buffer in model.named_buffers() if buffer[0] in kept)]
     for name, layer in model.named_modules():
         if (state := quant_state(layer)) is not None:
             weights += [(f"{name}.{part}", value) for part, value in state.as_dict(packed=True).items()]
@@ -3274,6 +3276,15 @@ def is_finite_matrix(value: Any) -> bool:
     return is_dense(value) and value.is_floating_point() and value.dim() == 2 and bool(value.isfinite().all())
 
 
+def tied_problem(policy: PeftModel) -> str:
+    """Why what an adapter adapts could not be merged, if so."""
+    model = policy.get_base_model()
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if model.config.get_text_config().tie_word_embeddings and any(isinstance(layer, LoraLayer) for layer in ends):
+        return "it adapts embeddings that this model shares between input and output, which could not be merged"
+    return ""
+
+
 def adapter_misfits(policy: PeftModel, found: Mapping[str, torch.Tensor]) -> list[str]:
     """Why the matrices of an adapter are not those that the model with its configuration has."""
     expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
@@ -3282,9 +3293,8 @@ def adapter_misfits(policy: PeftModel, found: Mapping[str, torch.Tensor]) -> lis
         return [
             f"it holds {shortened(', '.join(other))}, no LoRA matrix of a linear layer; it cannot be continued here"
         ]
-    head = policy.get_base_model().get_output_embeddings()
-    if isinstance(head, LoraLayer) and policy.get_base_model().config.get_text_config().tie_word_embeddings:
-        return ["it adapts the output embeddings, which this model shares with the input; they could not be merged"]
+    if problem := tied_problem(policy):
+        return [problem]
     sizes = [
         f"{name} is {tuple(found[name].shape)}, the model's {tuple(expected[name].shape)}"
         for name in found.keys() & expected.keys()
@@ -3373,6 +3383,8 @@ def add_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
     for name in names:
         if not any(module == name or module.endswith(f".{name}") for module in adapted):
             raise InputError(f"{describe('lora_target_modules', targets)}: the model has no module {name!r}")
+    if problem := tied_problem(policy):
+        raise InputError(f"{describe('lora_target_modules', targets)}: {problem}; leave them out")
     return policy
 
 
@@ -5394,7 +5406,11 @@ def verify_adapter(model: PeftModel, folder: Path) -> None:
     tensors, binary = (folder / name for name in ADAPTER_FILES)
     require_equal(state, load_file(tensors), tensors)
     require_equal(state, torch.load(binary, "cpu", weights_only=True), binary)
-    saved, used = (config.to_dict() for config in (PeftConfig.from_pretrained(folder), model.peft_config["default"]))
+    configs = (PeftConfig.from_pretrained(folder), model.peft_config["default"])
+    saved, used = (
+        {name: set(value) if isinstance(value, list) else value for name, value in config.to_dict().items()}
+        for config in configs  # JSON has no sets
+    )
     if any(saved[name] != used[name] for name in saved.keys() - {"inference_mode"}):
         raise SelfCheckError(f"{folder / ADAPTER_CONFIG} differs from the adapter that was trained")
 
@@ -5428,7 +5444,9 @@ def save_merged(merged: PreTrainedModel, folder: Path) -> None:
     """`pytorch_model.bin` and `config.json`; `save_pretrained` of this transformers writes safetensors only."""
     merged.config.save_pretrained(folder)
     if merged.generation_config is not None:
-        merged.generation_config.save_pretrained(folder)
+        merged.generation_config.to_json_file(
+            folder / "generation_config.json"
+        )  # as published, which need not be valid
     copies = {tensor.data_ptr(): tensor.cpu() for tensor in merged.state_dict().values()}  # tied weights once
     state = {name: copies[tensor.data_ptr()] for name, tensor in merged.state_dict().items()}
     torch.save(state, folder / MERGED_WEIGHTS)
@@ -6158,7 +6176,7 @@ def unlike(node: Node, there: Mapping[str, Any], here: Mapping[str, Any], on_gpu
 
 # Variables of the environment that ranks on other nodes get, too. Never secrets: pdsh shows the values in a command.
 EXPORTED = re.compile(
-    r"(NCCL|GLOO|UCX|MV2|MLFLOW|TORCH|PYTORCH|CUDA|TRITON|HF|TRANSFORMERS|TOKENIZERS|OMP|MKL|KMP|DS|LC)_\w+|PYTHON\w*"
+    r"(NCCL|GLOO|UCX|MV2|MLFLOW|TORCH|PYTORCH|CUDA|TRITON|HF|TRANSFORMERS|OMP|MKL|KMP|DS|LC)_\w+|PYTHON\w*"
     r"|PATH|LD_LIBRARY_PATH|LD_PRELOAD|LANG|CC|CXX|XDG_CACHE_HOME",
     re.A,
 )
@@ -6231,6 +6249,10 @@ def ready_nodes(args: ScriptArguments, devices: Devices) -> Devices:
         if place == 0 and there and there["machine"] != here["machine"]:
             lacks = ["it is not this machine; start ./fast_train.sh on it, or name this one first"]
         problems += [f"{variable('gpu_nodes')}: {node.name}: {'; and '.join(lacks)}"] if lacks else []
+    addresses = {there["address"]: None for there, _ in answers[1:] if there}
+    if len(addresses) > 1 and not args.master_addr:
+        what = f"the nodes reach this machine at {', '.join(addresses)}; name the one that all reach in MASTER_ADDR"
+        problems.append(f"{variable('gpu_nodes')}: {what}")
     if problems:
         raise InputError(*problems)
     second = answers[1][0]
@@ -6238,6 +6260,14 @@ def ready_nodes(args: ScriptArguments, devices: Devices) -> Devices:
 
 
 MASTER_PORT = 29500  # where each node has its own launcher, none of which can tell the others a free one
+
+
+def first_device(devices: Devices) -> torch.device:
+    """The first of this machine's devices, as PyTorch counts those that are visible to it."""
+    if not devices.on_gpu:
+        return torch.device("cpu")
+    number = int(devices.include.partition(":")[2].split(",")[0])
+    return torch.device("cuda", available_gpus().index(number))
 
 
 def meeting_point(args: ScriptArguments, devices: Devices) -> Devices:
@@ -6780,6 +6810,8 @@ def check_inputs(
         lambda: resolve_devices(args.gpu_nodes, args.cpu_ranks, available_gpus(), args.hostfile, rank),
     )
     devices = found
+    if found and found.on_gpu and not found.nodes and "RANK" not in os.environ:  # a rank sees its own first
+        torch.cuda.set_device(first_device(found))  # whose precision counts
     if found and args.plan and not args.evaluate_only:
         devices = check({"master_addr", "master_port"}, meeting_point, args, found)
     if not args.evaluate_only:
@@ -7495,7 +7527,7 @@ def evaluate(args: ScriptArguments, problems: Sequence[str]) -> None:
     prefix, start = choose_prefix(args, config, tokenizer)
     dataset = tokenize_datasets(args, config, tokenizer, prefix, {"test": pairs["test"]}, reports)["test"]
     print(describe_rows_used("test", reports["test"], dataset), file=sys.stderr, flush=True)
-    device = evaluation_device(devices)
+    device = first_device(devices)
     model = load_in_memory(args, model_path, devices.on_gpu, device)
     scores = score_in_memory(args, model, device, start, dataset)
     require_finite_scores(scores, dataset)
@@ -7508,14 +7540,6 @@ def evaluate(args: ScriptArguments, problems: Sequence[str]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"settings": kept, "dropped": reports["test"].describe_dropped(), **results})
         print(f"written to {args.evaluation_file}", flush=True)
-
-
-def evaluation_device(devices: Devices) -> torch.device:
-    """The first of the devices, as PyTorch counts those that are visible to it."""
-    if not devices.on_gpu:
-        return torch.device("cpu")
-    number = int(devices.include.partition(":")[2].split(",")[0])
-    return torch.device("cuda", available_gpus().index(number))
 
 
 def score_in_memory(
@@ -8063,6 +8087,8 @@ def program() -> None:
         stream.reconfigure(errors="backslashreplace")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no library runs code that a tensor file asks for
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # DeepSpeed's launcher gives a rank on the CPU a GPU as well
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed finds it by trying, and warns
     try:

@@ -386,6 +386,7 @@ def test_only_the_robust_loss_smooths_labels(loss_type):
         ("~nobody7/x", "there is no user nobody7; name another path"),
         ("x" * 300, "file name too long; name another path"),
         ("a\nb", "holds control characters; name a path without them"),
+        (os.fsdecode(b"caf\xe9"), "holds bytes that are not UTF-8; name a path without them"),
     ],
 )
 def test_a_path_that_cannot_be_looked_up(name, path, words):

@@ -158,6 +158,22 @@ def test_the_launchers_own_words(tmp_path, variables, flags, phrase):
     assert result.returncode == 2 and phrase in result.stderr and list(tmp_path.iterdir()) == []
 
 
+ALLOCATOR = [  # PyTorch reads the older name first
+    ({"PYTORCH_ALLOC_CONF": "a:1"}, ["PYTORCH_ALLOC_CONF=a:1,expandable_segments:True"]),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, ["PYTORCH_CUDA_ALLOC_CONF=a:1,expandable_segments:True"]),
+    (
+        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False", "PYTORCH_ALLOC_CONF": "a:1"},
+        ["PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), ALLOCATOR)
+def test_settings_of_the_allocator_are_kept(given, expected, tiny_run, tmp_path):
+    words = printed_command(launch({**tiny_run, **given, "DRY_RUN": "1"}, cwd=tmp_path))
+    assert [word for word in words if "_ALLOC_CONF=" in word] == expected
+
+
 def test_through_a_symbolic_link_from_elsewhere(tiny_run, tmp_path):
     (tmp_path / "train").symlink_to(PROJECT / "fast_train.sh")
     environment = {**os.environ, **tiny_run, "CDPATH": "/tmp:/"}

@@ -317,6 +317,21 @@ def test_all_that_is_missing_is_said_at_once(tools, monkeypatch):
     assert node3.startswith("GPU_NODES (--gpu_nodes): node3: ")
 
 
+def test_nodes_that_reach_this_machine_at_different_addresses_ask_for_one(tools, monkeypatch):
+    """Each has tried its own; only one is the ranks'."""
+    seen = 'case "$*" in *node3*) export SSH_CONNECTION="127.0.0.7 1 127.0.0.3 22" ;; esac; exec ${@: -1}'
+    tools("ssh", seen)
+    tools("pdsh", "echo 'rcmd modules: ssh,rsh,exec (default: rsh)'")
+    monkeypatch.setenv("SSH_CONNECTION", "127.0.0.1 1 127.0.0.2 22")
+    with pytest.raises(T.InputError) as caught:
+        plan_of("node1:0,node2:0,node3:0")
+    assert caught.value.problems == [
+        "GPU_NODES (--gpu_nodes): the nodes reach this machine at 127.0.0.1, 127.0.0.7; name the one that all reach in "
+        "MASTER_ADDR"
+    ]
+    assert plan_of("node1:0,node2:0,node3:0", master_addr="127.0.0.1").address == "127.0.0.1"
+
+
 def test_deepspeed_sees_no_secret_that_it_would_show(tools, tiny_run, tmp_path):
     """It passes all of MLFLOW_… on, in a command line that everybody on the nodes can read."""
     tools("ssh", "exec ${@: -1}")

@@ -2,13 +2,15 @@
 
 import json
 import math
+import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import history, output_of, series, train
+from conftest import history, output_of, parse, series, train
 from test_around import sabotaged
 from test_plan import GPUS, plan
 from test_trainer import adapter, finished
@@ -158,6 +160,29 @@ def test_what_precision_means(precision, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16)
         found.append(T.precision_dtype(precision, on_gpu))
     assert tuple(found) == MEANING[precision]
+
+
+def test_the_gpu_that_was_chosen_decides(monkeypatch, tiny_run):
+    """Not the first one of the machine, which may be older: in the plan and an evaluation; a rank sees its own alone."""
+    taken = []
+    monkeypatch.setattr(T, "available_gpus", lambda: [0, 2, 3])
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    args = parse([f"--{name.lower()}={value}" for name, value in {**tiny_run, "GPU_NODES": "localhost:2,3"}.items()])
+    T.check_inputs(args)
+    monkeypatch.setenv("RANK", "0")
+    T.check_inputs(args)
+    assert taken == [torch.device("cuda", 1)]
+
+
+def test_a_rank_on_the_cpu_sees_no_gpu(monkeypatch):
+    """DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES for it all the same."""
+    seen = []
+    monkeypatch.setattr(T, "main", lambda argv: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setattr(sys, "argv", ["module"])
+    monkeypatch.setattr(os, "environ", {**os.environ, "CUDA_VISIBLE_DEVICES": "0", "DS_ACCELERATOR": "cpu"})
+    T.program()
+    assert seen == [""]
 
 
 def test_the_plan_says_what_auto_is_not(monkeypatch):

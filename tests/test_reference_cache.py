@@ -312,6 +312,12 @@ def nudged(model):
     return model
 
 
+def biased(model, bias: float, persistent: bool = True):
+    """With a buffer as the router of a mixture of experts has it."""
+    model.model.layers[0].register_buffer("e_score_correction_bias", torch.tensor(bias), persistent=persistent)
+    return model
+
+
 def reconfigured(model, **changes):
     for name, value in changes.items():
         setattr(model.config, name, value)
@@ -328,11 +334,12 @@ def test_what_changes_the_numbers_changes_the_key(tokenizer, tokenized, identity
     replace = T.dataclasses.replace
     same = [name(identity), name(identity_of(fresh())), name(identity_of(reconfigured(fresh(), _name_or_path="/x")))]
     soft = [replace(pair, pref_prompt_ids=[-1]) for pair in tokenized]
-    same += [name(identity, soft, soft_prompt="1")]
+    same += [name(identity, soft, soft_prompt="1"), name(identity_of(biased(fresh(), 0.1, persistent=False)))]
     first, *rest = tokenized
     other = [
         name(identity_of(nudged(fresh()))),
         name(identity_of(fresh().bfloat16())),
+        *(name(identity_of(biased(fresh(), bias))) for bias in (0.1, 0.2)),
         name(identity_of(reconfigured(fresh(), rms_norm_eps=1e-5))),
         name(identity_of(reconfigured(fresh(), rope_parameters={"rope_theta": 5e5, "rope_type": "default"}))),
         name(identity_of(fresh(), "cuda")),

@@ -9,6 +9,7 @@ from conftest import make_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import GenerationConfig
 
 import train_with_preference_prompt as T
 
@@ -49,6 +50,35 @@ def test_another_adapter_config_is_named(saved):
     (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
     with pytest.raises(T.SelfCheckError, match="adapter_config.json differs"):
         T.verify_adapter(policy, folder)
+
+
+def test_names_that_json_turns_into_a_list_are_the_same(saved):
+    """PEFT keeps them as a set, such as those of the fused experts that it adapts by itself."""
+    policy, folder = saved
+    policy.peft_config["default"].target_parameters = {"b", "a"}
+    T.save_adapter(policy, folder)
+    T.verify_adapter(policy, folder)
+    policy.peft_config["default"].target_parameters = {"b"}
+    with pytest.raises(T.SelfCheckError, match="adapter_config.json differs"):
+        T.verify_adapter(policy, folder)
+
+
+def test_a_published_generation_config_that_is_not_valid_is_kept(tokenizer, tmp_path):
+    """transformers saves it unchanged only, and the Trainer has put the tokenizer's special tokens into it."""
+    model = make_model("llama", len(tokenizer))
+    model.generation_config.temperature, model.generation_config.pad_token_id = 0.9, 7
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        model.generation_config.save_pretrained(tmp_path)
+    T.save_merged(model, tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).temperature == 0.9
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_embeddings_that_a_model_shares_are_not_adapted(module, tokenizer):
+    args = T.ScriptArguments(lora_target_modules=f"q_proj,{module}")
+    with pytest.raises(T.InputError, match=f"is 'q_proj,{module}': it adapts embeddings that this model shares"):
+        T.add_adapter(T.lay_out(make_model("llama", len(tokenizer)).config), args)
+    assert T.add_adapter(T.lay_out(make_model("qwen2", len(tokenizer)).config), args)
 
 
 def test_tied_weights_are_written_once(tokenizer, tmp_path):
