@@ -4897,11 +4897,10 @@ def engine_bytes(policy: PeftModel, zero: Mapping[str, Any]) -> int:
 def as_in_training(args: ScriptArguments, policy: PeftModel, reserved: int) -> Iterator[list[nn.Parameter]]:
     """The policy as the engine will hold it, with `reserved` bytes of a GPU taken; gives what is trained.
 
-    Dropout is on and what is trained has the model's dtype. Random state, modes and parameters come back as they were.
+    Dropout is on. Random state and modes come back as they were.
     """
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    values, modes = [parameter.data for parameter in trained], [(m, m.training) for m in policy.modules()]
-    device, dtype, taken = policy.device, policy.get_base_model().dtype, None
+    device, modes, taken = policy.device, [(m, m.training) for m in policy.modules()], None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             if device.type == "cuda":
@@ -4909,13 +4908,9 @@ def as_in_training(args: ScriptArguments, policy: PeftModel, reserved: int) -> I
             if args.gradient_checkpointing:  # the stock Trainer will do the same
                 policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
             policy.train()
-            for parameter in trained:
-                parameter.data = parameter.data.to(dtype)
             yield trained
         finally:
             del taken
-            for parameter, value in zip(trained, values, strict=True):
-                parameter.data = value
             for module, mode in modes:
                 module.training = mode
 
@@ -7553,8 +7548,6 @@ def score_in_memory(
     """
     policy, soft_prompt, first = build_policy_in_memory(args, model, device, start, dataset)
     if args.adapter_path and not args.trains_prefix:
-        for parameter in filter(torch.is_floating_point, policy.parameters()):
-            parameter.data = parameter.data.to(model.dtype)  # as the engine held it in training
         batch = first_batch(dataset, len(first.start["base"]))
         scored = {condition: teacher_logps(policy, batch[condition].to(device)) for condition in first.start}
         for condition, logps in scored.items():
@@ -7622,9 +7615,6 @@ def train(
     if args.adapter_path and args.starts_as_reference:
         identity["adapter"] = adapter_identity(policy)
     cache = ReferenceCache(args.reference_cache_path, identity, weights_digest(soft_prompt) if soft_prompt else "")
-    if hf_args.hf_deepspeed_config.is_zero3():  # whose engine takes no other dtype; those of other stages do the same
-        for parameter in filter(lambda parameter: parameter.requires_grad, policy.parameters()):
-            parameter.data = parameter.data.to(model.dtype)
     used = fitting_settings(args, hf_args, policy, datasets["train"])
     if used.pairs_per_forward < args.pairs_per_forward:
         hf_args = training_arguments(used, devices.on_gpu)  # DeepSpeed's accumulation steps come from it
@@ -7902,12 +7892,15 @@ def build_policy(
     check_packed_forward(model, dataset.pairs[: len(compared["base"])], compared, soft_prompt)
     if args.evaluate_only and not args.adapter_path:
         return model, soft_prompt, FirstScores(base_logps, base_logps)
-    if args.trains_prefix:
-        return add_soft_prompt(model, soft_prompt), soft_prompt, FirstScores(base_logps, base_logps)
-    policy, start_logps = add_adapter(model, args), base_logps
-    if args.adapter_path:
+    policy, start_logps = (
+        add_soft_prompt(model, soft_prompt) if args.trains_prefix else add_adapter(model, args),
+        base_logps,
+    )
+    if args.adapter_path and not args.trains_prefix:
         start_logps = {condition: teacher_logps(policy, row) for condition, row in rows.items()}
-    if is_whole:  # what is divided is so in its own module's call alone, as PEFT has it
+    for parameter in filter(lambda parameter: parameter.requires_grad, policy.parameters()):
+        parameter.data = parameter.data.to(model.dtype)  # as every stage's engine holds it; ZeRO-3's takes no other
+    if is_whole and not args.trains_prefix:  # what is divided is so in its own module's call alone, as PEFT has it
         speed_up(policy, args.gradient_checkpointing)
     return policy, soft_prompt, FirstScores(base_logps, start_logps)
 
