@@ -650,17 +650,8 @@ SWEPT = (
 
 # Settings that name a file or a folder.
 PATHS = (
-    "prompt_embedding_path",
-    "policy_model_path",
-    "adapter_path",
-    "train_dataset_path",
-    "test_dataset_path",
-    "output_dir",
-    "log_dir",
-    "reference_cache",
-    "ds_config",
-    "hostfile",
-    "evaluation_file",
+    *("prompt_embedding_path", "policy_model_path", "adapter_path", "train_dataset_path", "test_dataset_path"),
+    *("output_dir", "log_dir", "reference_cache", "ds_config", "hostfile", "evaluation_file"),
 )
 
 
@@ -6302,26 +6293,12 @@ def run_state(output_dir: Path) -> str:
 
 def recorded_settings(args: ScriptArguments, devices: Devices, pairs: Mapping[str, Sequence[Pair]]) -> dict[str, Any]:
     """What a resumed run must share with the interrupted one: settings, ranks, and the data's content."""
-    free = (
-        *LAUNCHERS_OWN,
-        *OF_NODES,
-        "preset",  # β and α hold what it set
-        "resume",
-        "overwrite",
-        "output_dir",
-        "log_dir",
-        "reference_cache",
-        "eval_steps",
-        "gpu_nodes",
-        "cpu_ranks",
-        "offload",
-        "train_dataset_path",
-        "test_dataset_path",
-        "prompt_embedding_path",
-        "adapter_path",
+    free = {
+        *(*LAUNCHERS_OWN, *OF_NODES, *args.not_used, "gpu_nodes", "cpu_ranks", "offload"),
+        *("preset", "resume", "overwrite", "output_dir", "log_dir", "reference_cache", "eval_steps"),
+        *("train_dataset_path", "test_dataset_path", "prompt_embedding_path", "adapter_path"),
         *(["test_share"] if "test" in args.sources else []),
-        *args.not_used,
-    )
+    }
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
     settings["zero_stage"] = zero_of(args)["stage"]  # each writes checkpoints of its own
     digests = {f"the {split} data": pairs_digest(of_split) for split, of_split in pairs.items()}
@@ -7942,12 +7919,11 @@ def build_policy_in_memory(
 
 def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
     """What TensorBoard's HParams tab compares, of runs of any mode."""
-    elsewhere = {
+    left_out = {
         *(*LAUNCHERS_OWN, "preset", "output_dir", "log_dir", "reference_cache", "resume", "overwrite", "eval_steps"),
         *("evaluate_only", "evaluation_file"),
+        *("gpu_nodes", "cpu_ranks", "zero_stage", "offload", "ds_config", *OF_NODES),
     }
-    devices = {"gpu_nodes", "cpu_ranks", "zero_stage", "offload", "ds_config", *OF_NODES}
-    left_out = elsewhere | devices
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
 
 
