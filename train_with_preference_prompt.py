@@ -2866,6 +2866,13 @@ def load_config_and_tokenizer(path: str, named: str = ""):
             f"{describe('policy_model_path', named)}: its weights are quantised already, which cannot be trained from "
             "here; name the model that they were made from, and set LOAD_IN_4BIT=true to load that in 4 bits"
         )
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    others = [kind for kind in kinds if kind == "linear_attention" or not kind.endswith("attention")]
+    if others:
+        raise InputError(
+            f"{describe('policy_model_path', named)}: its layers of kind {others[0]} carry what they have read from one "
+            "text of a packed row to the next; name a model whose layers are all attention"
+        )
     return config, tokenizer
 
 
@@ -3043,8 +3050,13 @@ def local_config(path: str) -> Any | None:
 def context_limits(config) -> dict[str, int]:
     """How many tokens the model takes, and by what it is limited."""
     config = config.get_text_config()
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    slides = slides and getattr(config, "use_sliding_window", True)
+    window = getattr(config, "sliding_window", None) if slides else None
     limits = {"context": getattr(config, "max_position_embeddings", None), "sliding attention window": window}
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond, a row's longest pair would decide on the rotation of all
+        limits["range of the short LongRoPE factors"] = rope.get("original_max_position_embeddings")
     return {what: limit for what, limit in limits.items() if limit is not None}
 
 
@@ -3097,10 +3109,16 @@ def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def noise_of(config) -> dict[str, float]:
+    """What a text model's configuration says of noise in training, by the names of its fields."""
+    named = {name: value for name, value in config.to_dict().items() if re.search("dropout|pdrop|jitter", name)}
+    return {name: value for name, value in named.items() if isinstance(value, float) and value}
+
+
 def load_base_model(
     path: str, dtype: torch.dtype, named: str = "", in_4bit_on: torch.device | None = None
 ) -> PreTrainedModel:
-    """The base model in `dtype`; no code that comes with it is run.
+    """The base model in `dtype`, without dropout of its own; no code that comes with it is run.
 
     Nothing of PEFT's `prepare_model_for_kbit_training` is needed: adapters freeze the base, the engine would undo casts
     to fp32, and layers are recomputed without re-entering autograd, so that their input need not ask for a gradient.
@@ -3118,7 +3136,11 @@ def load_base_model(
     if in_4bit_on is not None:
         options |= {"quantization_config": four_bits(dtype), "device_map": {"": in_4bit_on}}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(path, **options)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        noise = noise_of(config.get_text_config())
+        config.get_text_config().update(dict.fromkeys(noise, 0.0))
+        model, found = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
+        model.config.get_text_config().update(noise)  # the layers have read it; what is saved says what the base does
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # damaged files raise anything
@@ -3428,7 +3450,7 @@ def tree_attention(
             seen_keys, seen_values = (repeat_kv(part, groups) for part in seen)
             mask = lower_right_mask(sizes[branch], seen_keys)
             outputs.append(attend(queries[branch], seen_keys, seen_values, attn_mask=mask))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def has_flash_attention(query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -3775,12 +3797,41 @@ def model_inputs(
     return {"inputs_embeds": torch.where((input_ids < 0)[..., None], virtual, tokens)}
 
 
+@contextlib.contextmanager
+def require_attention_alone(model: PreTrainedModel) -> Iterator[None]:
+    """One packed forward inside shows whether every layer is attention by `tree_attention`.
+
+    Others carry what they have read from one pair to the next, by less than bf16's rounding adds up to in a long answer.
+
+    Raises:
+        NotImplementedError: some layer is something else.
+    """
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(None)
+        return tree_attention(*args, **kwargs)
+
+    AttentionInterface.register(TREE_ATTENTION, counted)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(TREE_ATTENTION, tree_attention)
+    layers = model.config.get_text_config().num_hidden_layers
+    if len(calls) < layers or model._is_stateful:
+        what = f"only {len(calls)} of its {layers} layers are attention" if len(calls) < layers else "it keeps a state"
+        raise NotImplementedError(f"{type(model).__name__} cannot compute packed trees: {what}")
+
+
 def packed_logps(causal_lm: PreTrainedModel, row: PackedRow, soft_prompt: nn.Embedding | None = None) -> torch.Tensor:
     """Summed log-probabilities (A,) of the answers in a packed row, in nats, fp32."""
     decoder, head = causal_lm.get_decoder(), causal_lm.get_output_embeddings()
     inputs = model_inputs(causal_lm, row.input_ids, soft_prompt)
-    output = decoder(**inputs, position_ids=row.position_ids, attention_mask=None, use_cache=False, trees=row.trees)
-    hidden = output.last_hidden_state[0, row.score_positions]  # (S, H)
+    try:
+        output = decoder(**inputs, position_ids=row.position_ids, attention_mask=None, use_cache=False, trees=row.trees)
+        hidden = output.last_hidden_state[0, row.score_positions]  # (S, H)
+    except (AttributeError, TypeError) as error:
+        raise NotImplementedError(f"{type(causal_lm).__name__} cannot compute packed trees: {error}") from error
     per_token_logps = chunked_logps(head, hidden, row.target_ids)  # (S,)
     return per_token_logps.new_zeros(2 * len(row.trees)).index_add(0, row.answer_index, per_token_logps)
 
@@ -7864,15 +7915,15 @@ def build_policy(
         fuse_norms(model)
     batch = first_batch(dataset, min(args.pairs_per_forward, CHECKED_PAIRS))
     rows = {condition: batch[condition].to(model.device) for condition in ("base", "pref")}
-    base_logps = {condition: teacher_logps(model, row) for condition, row in rows.items()}
+    with require_attention_alone(model):
+        base_logps = {"base": teacher_logps(model, rows["base"])}
+    base_logps["pref"] = teacher_logps(model, rows["pref"])
     compared = {condition: logps[:COMPARED_PAIRS] for condition, logps in base_logps.items()}
     check_packed_forward(model, dataset.pairs[: len(compared["base"])], compared, soft_prompt)
     if args.evaluate_only and not args.adapter_path:
         return model, soft_prompt, FirstScores(base_logps, base_logps)
-    policy, start_logps = (
-        add_soft_prompt(model, soft_prompt) if args.trains_prefix else add_adapter(model, args),
-        base_logps,
-    )
+    policy = add_soft_prompt(model, soft_prompt) if args.trains_prefix else add_adapter(model, args)
+    start_logps = base_logps
     if args.adapter_path and not args.trains_prefix:
         start_logps = {condition: teacher_logps(policy, row) for condition, row in rows.items()}
     for parameter in filter(lambda parameter: parameter.requires_grad, policy.parameters()):

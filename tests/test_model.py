@@ -9,7 +9,16 @@ import pytest
 import torch
 from conftest import PREFERENCE, make_model
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OPTConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    Lfm2Config,
+    LlamaConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+)
 
 import train_with_preference_prompt as T
 
@@ -56,6 +65,71 @@ def test_a_model_without_a_tokenizer(tmp_path):
     make_model("llama", 300).config.save_pretrained(tmp_path)
     with pytest.raises(T.InputError, match="POLICY_MODEL_PATH.*cannot be loaded"):
         T.load_config_and_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_the_base_model_has_no_dropout_of_its_own(kind, tmp_path):
+    """The policy in training is the reference at the start, as in TRL; the configuration stays as it was."""
+    config = {
+        "gpt2": GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
+        "opt": OPTConfig(vocab_size=99, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4),
+    }[kind]
+    published = AutoModelForCausalLM.from_config(config)
+    published.save_pretrained(tmp_path)
+    row = T.pack_row([([5, 6, 7], [8, 9, 10, 11], [12, 13])])
+
+    def in_training(model):
+        """How far the model in training mode is from itself in evaluation mode."""
+        T.enable_packed_forward(model)
+        exact = T.teacher_logps(model, row)
+        return (T.policy_logps(model.train(), row) - exact).abs().max()
+
+    model = T.load_base_model(str(tmp_path), torch.float32)
+    assert in_training(model) == 0 < in_training(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert T.noise_of(model.config) == T.noise_of(published.config) != {}
+
+
+def test_layers_that_are_no_attention_are_refused_before_weights_load(tokenizer, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    Lfm2Config(
+        vocab_size=len(tokenizer), num_hidden_layers=2, layer_types=["conv", "full_attention"], **sizes
+    ).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        T.InputError, match="its layers of kind conv carry what they have read from one text of a packed"
+    ):
+        T.load_config_and_tokenizer(str(tmp_path))
+
+
+def test_layers_that_are_no_attention_are_noticed_in_the_forward(tokenizer, tokenized):
+    """Also in bf16, where what they carry from pair to pair is less than the rounding of a long answer."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Lfm2Config(vocab_size=len(tokenizer), num_hidden_layers=2, layer_types=["conv", "full_attention"], **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with pytest.raises(
+        NotImplementedError, match="Lfm2ForCausalLM cannot compute packed trees: only 1 of its 2 layers"
+    ):
+        T.build_policy(T.ScriptArguments(precision="bf16"), model, None, T.PairDataset(tokenized))
+
+
+def test_the_forward_of_another_kind_of_model_is_named(model, tokenized, monkeypatch):
+    T.enable_packed_forward(model)
+    monkeypatch.setattr(type(model), "get_decoder", lambda self: lambda **inputs: None)
+    with pytest.raises(NotImplementedError, match="cannot compute packed trees: 'NoneType' object has no attribute"):
+        T.teacher_logps(model, T.pack_row([([5], [6, 7], [8])]))
+
+
+def test_what_limits_a_models_length():
+    """A window counts where a layer has one, and LongRoPE up to where its factors change, for all pairs of a row."""
+    window = "sliding attention window"
+    config = Qwen2Config(use_sliding_window=True, sliding_window=50, num_hidden_layers=2, max_window_layers=1)
+    assert T.context_limits(config)[window] == 50
+    config.layer_types = ["full_attention"] * 2
+    assert window not in T.context_limits(config)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = Phi3Config(hidden_size=32, num_attention_heads=4, max_position_embeddings=512, pad_token_id=0)
+    config.rope_parameters = rope | {"original_max_position_embeddings": 64}
+    assert T.context_limits(config) == {"context": 512, "range of the short LongRoPE factors": 64}
 
 
 def test_unknown_target_modules_are_named(tokenizer):

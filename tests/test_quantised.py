@@ -429,10 +429,10 @@ def test_the_plan_says_it():
     assert plan()["devices"] == f"{CPU}, float32"
 
 
-def test_a_model_that_does_not_fit_on_the_gpu_is_an_error_of_memory(monkeypatch):
+def test_a_model_that_does_not_fit_on_the_gpu_is_an_error_of_memory(tiny_run, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(T.AutoModelForCausalLM, "from_pretrained", lambda *arguments, **options: full())
     with pytest.raises(T.InputError, match="^- the model does not fit into memory. Change, .*MAX_LENGTH"):
-        T.load_in_memory(QUANTISED, "a/model", False, HERE)
+        T.load_in_memory(QUANTISED, tiny_run["POLICY_MODEL_PATH"], False, HERE)
