@@ -5120,9 +5120,9 @@ def whole_for_answers(trainer: PreferenceGuidedDPOTrainer) -> contextlib.Abstrac
 
     The engine's end: its hooks, which divide a module's weights again after each call, are taken out.
     """
-    parameters, device = list(trainer.model.parameters()), trainer.args.device
     if not trainer.is_divided:
         return contextlib.nullcontext()
+    parameters, device = list(trainer.model.parameters()), trainer.args.device
     needed = sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
     lacks = torch.tensor(2 * needed > free_memory(device), device=device)  # twice: it is gathered into one buffer first
     torch.distributed.all_reduce(lacks, torch.distributed.ReduceOp.MAX)
@@ -5458,9 +5458,8 @@ def save_merged(merged: PreTrainedModel, folder: Path) -> None:
     """`pytorch_model.bin` and `config.json`; `save_pretrained` of this transformers writes safetensors only."""
     merged.config.save_pretrained(folder)
     if merged.generation_config is not None:
-        merged.generation_config.to_json_file(
-            folder / "generation_config.json"
-        )  # as published, which need not be valid
+        # as published, which need not be valid
+        merged.generation_config.to_json_file(folder / "generation_config.json")
     copies = {tensor.data_ptr(): tensor.cpu() for tensor in merged.state_dict().values()}  # tied weights once
     state = {name: copies[tensor.data_ptr()] for name, tensor in merged.state_dict().items()}
     torch.save(state, folder / MERGED_WEIGHTS)

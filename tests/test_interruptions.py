@@ -138,7 +138,7 @@ def change_weights(model: Path) -> None:
 
 def change_template(model: Path) -> None:
     template = model / "chat_template.jinja"
-    template.write_text(template.read_text(encoding="utf-8").replace("assistant", "helper"), encoding="utf-8")
+    template.write_text("Hello. " + template.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
