@@ -3568,24 +3568,46 @@ def chunked_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) 
     return torch.cat([score(head, *part) for part in chunks])
 
 
-def drawn_mask(x: torch.Tensor, stock: nn.Module) -> tuple[torch.Tensor | None, float]:
-    """For the input (…, C) of adapters with the share of PEFT's own dropout: a mask (T, C), True where kept, and the share.
+class Dropout(NamedTuple):
+    """Which entries of the input (T, C) of adapters are dropped, in the fewest passes over memory.
 
-    None drops nothing. On a CPU, where drawing costs most, from 16 random bits each, so that the share is in 2⁻¹⁶.
+    On a CPU, where drawing costs most: 16 random bits each, below a limit. On a GPU a mask.
     """
-    share, shape = (getattr(stock, "p", 0.0) if stock.training else 0.0), (-1, x.shape[-1])
-    if share == 0:
-        return None, 0.0
-    if x.is_cuda:
-        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - share).view(shape), share
-    limit = min(round(share * 2**16), 2**16 - 1)
-    bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return bits[: x.numel()].view(shape) >= limit - 2**15, limit / 2**16
 
+    noise: torch.Tensor | None = None  # (T, C) int16, or bool, True where kept; None drops nothing
+    share: float = 0.0  # that is dropped, on a CPU in 2⁻¹⁶
 
-def dropped(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The rows (T, C) with 0 where the mask drops them; what is kept is not scaled."""
-    return rows if mask is None else rows * mask
+    @classmethod
+    def drawn(cls, x: torch.Tensor, stock: nn.Module) -> "Dropout":
+        """For this input, with the share of PEFT's own dropout."""
+        share = getattr(stock, "p", 0.0) if stock.training else 0.0
+        if share == 0:
+            return cls()
+        if x.is_cuda:
+            mask = torch.empty(x.numel() // x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device)
+            return cls(mask.bernoulli_(1 - share), share)
+        words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
+        bits = words.random_(-(2**63), None).view(torch.int16)
+        return cls(bits[: x.numel()].view(-1, x.shape[-1]), min(round(share * 2**16), 2**16 - 1) / 2**16)
+
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows (T, C) with 0 where they are dropped; what is kept is not scaled."""
+        if self.noise is None:
+            return rows
+        return self.masked(rows) if self.noise.dtype == torch.bool else self.kept(rows.dtype).mul_(rows)
+
+    def of_(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same, of rows that nobody else needs."""
+        if self.noise is None:
+            return rows
+        return self.masked(rows) if self.noise.dtype == torch.bool else rows.mul_(self.kept(rows.dtype))
+
+    def masked(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.native_dropout_backward(rows, self.noise, 1.0)  # a product with a mask, in one pass
+
+    def kept(self, dtype: torch.dtype) -> torch.Tensor:
+        limit = round(self.share * 2**16) - 2**15
+        return torch.ge(self.noise, limit, out=torch.empty_like(self.noise, dtype=dtype))
 
 
 def joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
@@ -3613,26 +3635,27 @@ class LoRALinears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, mask, scalings, states, *parameters):  # (T, in)
+    def forward(ctx, rows, dropout, scalings, states, *parameters):  # (T, in)
         weights, biases, a, b = (parameters[kind::4] for kind in range(4))
-        ctx.scalings, ctx.states, ctx.ranks = scalings, states, list(map(len, a))
-        narrow = dropped(rows, mask) @ joined(a).T  # (T, sum of ranks)
-        ctx.save_for_backward(rows, narrow, mask, *parameters)
+        ctx.share, ctx.scalings, ctx.states, ctx.ranks = dropout.share, scalings, states, list(map(len, a))
+        narrow = dropout.of(rows) @ joined(a).T  # (T, sum of ranks)
+        ctx.save_for_backward(rows, narrow, dropout.noise, *parameters)
         frozen = (frozen_linear(rows, *layer) for layer in zip(weights, states, biases, strict=True))
         layers = zip(frozen, b, narrow.split(ctx.ranks, dim=1), scalings, strict=True)
         return tuple(output.addmm_(part, b.T, alpha=s) for output, b, part, s in layers)
 
     @staticmethod
     def backward(ctx, *grads):  # (T, outᵢ)
-        rows, narrow, mask, *parameters = ctx.saved_tensors
+        rows, narrow, noise, *parameters = ctx.saved_tensors
         weights, biases, a, b = (parameters[kind::4] for kind in range(4))
+        dropout = Dropout(noise, ctx.share)
         layers = list(zip(grads, b, narrow.split(ctx.ranks, dim=1), ctx.scalings, strict=True))
         grad_narrow = joined([(grad @ b).mul_(s) for grad, b, _, s in layers], dim=1)  # (T, sum of ranks)
-        grad_a = (grad_narrow.T @ dropped(rows, mask)).split(ctx.ranks)
+        grad_a = (grad_narrow.T @ dropout.of(rows)).split(ctx.ranks)
         grad_b = [(grad.T @ part).mul_(s) for grad, _, part, s in layers]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = dropped(grad_narrow @ joined(a), mask)
+            grad_x = dropout.of_(grad_narrow @ joined(a))
             for grad, w, state in zip(grads, weights, ctx.states, strict=True):
                 grad_x.addmm_(grad, dequantised(w, state))
         of_layers = ((None, None, *of_layer) for of_layer in zip(grad_a, grad_b, strict=True))
@@ -3657,7 +3680,7 @@ class LoRAGroup:
         return output
 
     def compute(self, x: torch.Tensor) -> list[torch.Tensor]:
-        mask, share = drawn_mask(x, self.layers[0].lora_dropout["default"])
+        dropout = Dropout.drawn(x, self.layers[0].lora_dropout["default"])
         parameters = [
             parameter
             for layer in self.layers
@@ -3666,9 +3689,9 @@ class LoRAGroup:
                 *(layer.lora_A["default"].weight, layer.lora_B["default"].weight),
             )
         ]
-        scalings = [layer.scaling["default"] / (1 - share) for layer in self.layers]
+        scalings = [layer.scaling["default"] / (1 - dropout.share) for layer in self.layers]
         states = [quant_state(layer.base_layer) for layer in self.layers]
-        outputs = LoRALinears.apply(x.flatten(0, -2), mask, scalings, states, *parameters)
+        outputs = LoRALinears.apply(x.flatten(0, -2), dropout, scalings, states, *parameters)
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 

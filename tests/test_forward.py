@@ -207,11 +207,13 @@ def test_lora_layers_compute_what_pefts_do(model, tokenized, training, adapter_o
     compare_with_peft(policy, tokenized, adapter_on, lambda: T.speed_up(policy, checkpointed))
 
 
-def drawn_as_on_a_gpu(x, stock):
-    return torch.empty(x.shape, dtype=torch.bool).bernoulli_(1 - stock.p).view(-1, x.shape[-1]), stock.p
+def mask_as_on_a_gpu(x, stock):
+    return T.Dropout(
+        torch.empty(x.numel() // x.shape[-1], x.shape[-1], dtype=torch.bool).bernoulli_(1 - stock.p), stock.p
+    )
 
 
-@pytest.mark.parametrize("draw", [T.drawn_mask, drawn_as_on_a_gpu])
+@pytest.mark.parametrize("draw", [T.Dropout.drawn, mask_as_on_a_gpu], ids=["bits", "mask"])
 def test_lora_dropout(draw, monkeypatch):
     """The share asked for, the expectation kept, the same entries for all that read them, also in the backward pass."""
     torch.manual_seed(0)
@@ -221,10 +223,12 @@ def test_lora_dropout(draw, monkeypatch):
     for layer in layers:
         nn.init.normal_(layer.lora_B["default"].weight)
     drawn = []
-    monkeypatch.setattr(T, "drawn_mask", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    monkeypatch.setattr(T.Dropout, "drawn", lambda *args: drawn.append(draw(*args)) or drawn[-1])
     group, x = T.LoRAGroup(layers), torch.randn(1, 4000, 64, requires_grad=True)
     outputs = [group(layer, None, x) for layer in layers]
-    kept = drawn[0][0].float()
+    (dropout,) = drawn
+    noise = dropout.noise
+    kept = (noise if noise.dtype == torch.bool else noise >= round(0.3 * 2**16) - 2**15).float()
     assert abs(kept.mean() - 0.7) < 0.005 and abs(kept.mean(0) - 0.7).max() < 0.04
     trained = [layer.get_parameter(f"lora_{part}.default.weight") for layer in layers for part in "AB"]
     expected = [

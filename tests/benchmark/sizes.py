@@ -146,8 +146,8 @@ def kept_by_a_layer(
     queries, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
     if fused:  # what q, k and v read, what o reads, what gate and up read; gate and up themselves
         adapted = size * (2 * shape.hidden + queries + 2 * shape.intermediate)
-        # every input's mask, down's too
-        noise = 2 * shape.hidden + queries + shape.intermediate
+        # every input's mask, down's too: a byte, on a CPU 16 bits
+        noise = (1 if on_gpu else 2) * (2 * shape.hidden + queries + shape.intermediate)
     else:  # each layer's input, once where there is no dropout; gate, its activation and up
         inputs = 5 * shape.hidden + queries + shape.intermediate if dropout else 2 * shape.hidden + queries
         adapted = size * (inputs + (3 if dropout else 4) * shape.intermediate)
