@@ -2019,10 +2019,9 @@ class PairTokenizer:
         self.adds_space = tokenizer.decode(self._ids("a") + self._ids("a")) == "a a"  # in front of every text
         self.surplus, self.opening_ids, self.opened_thought, self.notices = 0, [], "", []
         if self.has_template:
-            self.template = TODAY.sub(
-                lambda found: repr(TEMPLATE_DAY.strftime(found[2])), tokenizer.get_chat_template()
-            )
-            if self.template != tokenizer.get_chat_template():
+            published = tokenizer.get_chat_template()
+            self.template = TODAY.sub(lambda found: repr(TEMPLATE_DAY.strftime(found[2])), published)
+            if self.template != published:
                 self.notices.append(f"the chat template shows the day: it is {TEMPLATE_DAY} in all prompts")
             self.has_system_role = self._shows_system_message()
             self.space, self.end_id = self._read_finished_turn()
@@ -3037,14 +3036,14 @@ def embedding_size(config) -> int:
     return lay_out(config).get_input_embeddings().weight.shape[1]
 
 
-def local_config(path: str) -> Any | None:
-    """The model's configuration where the model is on this machine and need not be converted, else None.
+def local_model(path: str) -> tuple[Any, Any]:
+    """The model's configuration and tokenizer where it is on this machine and need not be converted, else None twice.
 
     Raises:
         InputError: it is there and cannot be used.
     """
     folder = os.path.expanduser(path) or str(BUNDLED_MODEL_DIR)  # as it was spelled, for errors
-    return load_config_and_tokenizer(folder, path)[0] if Path(folder, "config.json").is_file() else None
+    return load_config_and_tokenizer(folder, path) if Path(folder, "config.json").is_file() else (None, None)
 
 
 def context_limits(config) -> dict[str, int]:
@@ -5587,10 +5586,7 @@ def merge_place(policy: PeftModel) -> torch.device:
     needed = sum(math.prod(state.shape) for state in states) * policy.get_base_model().dtype.itemsize
     if policy.device.type != "cuda":
         return policy.device
-    gc.collect()
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(policy.device)
-    return policy.device if needed < 0.9 * free else torch.device("cpu")
+    return policy.device if needed < 0.9 * free_memory(policy.device) else torch.device("cpu")
 
 
 def merged_model(policy: PeftModel) -> PreTrainedModel:
@@ -6585,16 +6581,10 @@ OWNED = {
     "compute_grad_norm": (None, "--max_grad_norm"),
 }
 # What a block of fp16 may say beside; nothing else in this program decides on it.
-LOSS_SCALING = {
-    *(
-        "loss_scale",
-        "loss_scale_window",
-        "initial_scale_power",
-        "hysteresis",
-        "consecutive_hysteresis",
-        "min_loss_scale",
-    )
-}
+LOSS_SCALING = (
+    *("loss_scale", "loss_scale_window", "initial_scale_power", "min_loss_scale"),
+    *("hysteresis", "consecutive_hysteresis"),
+)
 
 
 def settled(args: ScriptArguments, devices: Devices) -> dict[str, Any]:
@@ -6756,10 +6746,10 @@ def problems_of(check: Callable[..., Any], *arguments: Any) -> tuple[Any, list[s
         return None, [f"{error}; check the paths"]
 
 
-def check_prompt_length(args: ScriptArguments, pairs: Mapping[str, Sequence[Pair]]) -> None:
-    """Raises InputError where the chat template of a model that is here leaves no room within MAX_PROMPT_LENGTH."""
-    folder = os.path.expanduser(args.policy_model_path) or str(BUNDLED_MODEL_DIR)
-    _, tokenizer = load_config_and_tokenizer(folder, args.policy_model_path)
+def check_prompt_length(
+    args: ScriptArguments, tokenizer: PreTrainedTokenizerBase, pairs: Mapping[str, Sequence[Pair]]
+) -> None:
+    """Raises InputError where the chat template leaves no room within MAX_PROMPT_LENGTH, or cannot be applied."""
     tokenize = PairTokenizer(tokenizer, Prefix(num_virtual_tokens=1), args.max_length, args.max_prompt_length)
     for pair in (of_split[0] for of_split in pairs.values() if of_split):
         tokenize.encode_prompt(pair.prompt, pair.history)
@@ -6771,7 +6761,7 @@ def soft_prompt_size(args: ScriptArguments) -> int | None:
     Raises:
         InputError: it cannot be read, or does not fit the model as far as that is here.
     """
-    config, size = local_config(args.policy_model_path), args.num_virtual_tokens
+    (config, _), size = local_model(args.policy_model_path), args.num_virtual_tokens
     if name := args.soft_prompt_setting:
         embeddings = read_soft_prompt(getattr(args, name), embedding_size(config) if config else None, name)
         size = None if embeddings is None else len(embeddings)
@@ -6816,7 +6806,7 @@ def check_inputs(
         problems += check(concerns, function, argument) or []
     if not args.policy_model_path and not (BUNDLED_MODEL_DIR / "config.json").exists():  # it is converted into it
         problems += folder_problems("policy_model_path", BUNDLED_MODEL_DIR, "")
-    config = check({"policy_model_path"}, local_config, args.policy_model_path)
+    config, tokenizer = check({"policy_model_path"}, local_model, args.policy_model_path) or (None, None)
     lora = {"lora_dropout", "adapter_path"} if args.adapter_path else {"lora_dropout", *LORA_SHAPE}
     if args.trains_prefix or (args.evaluate_only and not args.adapter_path):
         pass  # no LoRA adapter
@@ -6844,8 +6834,8 @@ def check_inputs(
     splits = [] if "data_format" in wrong else args.sources
     read = {split: check({f"{split}_dataset_path"}, read_split, args, split, reader) for split in splits}
     divided = check({"test_share"}, divide, args, read) if read and all(read.values()) else None
-    if config is not None and divided:
-        check({"max_prompt_length", "policy_model_path"}, check_prompt_length, args, divided[0])
+    if tokenizer is not None and divided:
+        check({"max_prompt_length", "policy_model_path"}, check_prompt_length, args, tokenizer, divided[0])
     if args.training_mode == "embedding" or (args.trains_prefix and not problems):
         check({args.soft_prompt_setting, "policy_model_path"}, soft_prompt_size, args)
     if args.resume and not args.evaluate_only and not problems:

@@ -243,21 +243,21 @@ def test_the_size_of_an_embedding(config, size):
 @pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/some-kernel"])
 def test_a_configuration_chooses_no_attention(name, tiny_run):
     """Neither one that is not installed nor one whose code would be fetched."""
-    config = T.local_config(tiny_run["POLICY_MODEL_PATH"])
+    config = T.local_model(tiny_run["POLICY_MODEL_PATH"])[0]
     config._attn_implementation_internal = name
     assert T.lay_out(config).config._attn_implementation == "sdpa"
 
 
 def test_the_configuration_of_a_local_model(tiny_run, tmp_path, monkeypatch):
-    assert T.local_config(tiny_run["POLICY_MODEL_PATH"]).hidden_size == 32
-    assert T.local_config("Qwen/Qwen2.5-1.5B") is None
+    assert T.local_model(tiny_run["POLICY_MODEL_PATH"])[0].hidden_size == 32
+    assert T.local_model("Qwen/Qwen2.5-1.5B") == (None, None)
     make_model("llama", 300).config.save_pretrained(tmp_path / "no tokenizer")
     with pytest.raises(T.InputError, match="it cannot be loaded .tokenizer.json."):
-        T.local_config(str(tmp_path / "no tokenizer"))
+        T.local_model(str(tmp_path / "no tokenizer"))
     monkeypatch.setattr(T, "BUNDLED_MODEL_DIR", tmp_path / "not converted")
-    assert T.local_config("") is None
+    assert T.local_model("") == (None, None)
     monkeypatch.setattr(T, "BUNDLED_MODEL_DIR", Path(tiny_run["POLICY_MODEL_PATH"]))
-    assert T.local_config("").hidden_size == 32
+    assert T.local_model("")[0].hidden_size == 32
 
 
 class Conversion:
