@@ -1984,6 +1984,16 @@ ENCODED = Features(
 )
 
 
+class Turn(NamedTuple):
+    """How an assistant's finished turn stands in a prompt: what is around the answer."""
+
+    end_id: int  # the token with which it ends
+    space: str = ""  # before the answer
+    surplus: int = 0  # last tokens of the template's generation prompt that a finished turn lacks
+    opening_ids: Sequence[int] = ()  # what it has in their place
+    opened_thought: str = ""  # the beginning of a thought that both have before that
+
+
 class PairTokenizer:
     """Turns pairs into token ids: text is tokenised once, prompt and answer ids are concatenated afterwards.
 
@@ -2017,19 +2027,19 @@ class PairTokenizer:
         # a template decides itself about the beginning of the text
         self.bos_ids = [bos_id] if bos_id is not None and bos_id in specials and not self.has_template else []
         self.adds_space = tokenizer.decode(self._ids("a") + self._ids("a")) == "a a"  # in front of every text
-        self.surplus, self.opening_ids, self.opened_thought, self.notices = 0, [], "", []
+        self.notices = []
         if self.has_template:
             published = tokenizer.get_chat_template()
             self.template = TODAY.sub(lambda found: repr(TEMPLATE_DAY.strftime(found[2])), published)
             if self.template != published:
                 self.notices.append(f"the chat template shows the day: it is {TEMPLATE_DAY} in all prompts")
             self.has_system_role = self._shows_system_message()
-            self.space, self.end_id = self._read_finished_turn()
+            self.turn = self._finished_turn()
             self.plain_frame, self.pref_frame = self._frame(self._plain), self._frame(self._guided)
         else:
-            self.has_system_role, self.end_id = True, tokenizer.eos_token_id  # a transcript begins with that text
+            self.has_system_role = True  # a transcript begins with that text
+            self.turn = Turn(tokenizer.eos_token_id, space=" ")
             self.plain_frame, self.pref_frame = ("", ""), (self._without_bos(prefix.before_prompt("")), "")
-            self.space = " "  # in a transcript
         self.head_ids, self.pref_head_ids = (
             self.bos_ids + self._ids(before) for before, _ in (self.plain_frame, self.pref_frame)
         )
@@ -2044,10 +2054,10 @@ class PairTokenizer:
         Raises:
             InputError: the template cannot be applied to the pair's conversation.
         """
-        answers = (pair.chosen, pair.rejected)
+        answers, opening_ids = (pair.chosen, pair.rejected), list(self.turn.opening_ids)
         think = [answer.lstrip().startswith(THOUGHT) for answer in answers]
         try:
-            encoded = self.encode_prompt(pair.prompt, pair.history, [] if any(think) else self.opening_ids)
+            encoded = self.encode_prompt(pair.prompt, pair.history, [] if any(think) else opening_ids)
         except InputError as error:
             where = f"{places_of([pair])}: " if pair.history else ""  # which not every template can show
             raise InputError(*(f"{where}{problem}" for problem in error.problems)) from error
@@ -2062,7 +2072,7 @@ class PairTokenizer:
             report.drop("with an empty answer", pair.row, pair.file)
             return None
         if think[0] != think[1]:
-            chosen, rejected = self.opening_ids * think[1] + chosen, self.opening_ids * think[0] + rejected
+            chosen, rejected = opening_ids * think[1] + chosen, opening_ids * think[0] + rejected
         if chosen[:room] == rejected[:room]:
             report.drop("whose answers are the same within MAX_LENGTH", pair.row, pair.file)
             return None
@@ -2082,18 +2092,18 @@ class PairTokenizer:
 
     def encode_answer(self, answer: str, in_transcript: bool = False) -> list[int]:
         """Ids of an answer and exactly one end token; special tokens spelled out in the text stay ordinary text."""
-        end = self.tokenizer.convert_ids_to_tokens(self.end_id)
+        turn, end = self.turn, self.tokenizer.convert_ids_to_tokens(self.turn.end_id)
         if answer.rstrip().endswith(end):
             answer = answer.rstrip().removesuffix(end)
-        if self.opened_thought and answer.lstrip().startswith(THOUGHT):
-            answer = answer.lstrip().removeprefix(THOUGHT).removeprefix(self.opened_thought.removeprefix(THOUGHT))
+        if turn.opened_thought and answer.lstrip().startswith(THOUGHT):
+            answer = answer.lstrip().removeprefix(THOUGHT).removeprefix(turn.opened_thought.removeprefix(THOUGHT))
         elif (in_transcript or self.has_template) and answer and not answer[0].isspace():
-            answer = self.space + answer
+            answer = turn.space + answer
         ids = self._ids(answer, split_special_tokens=True)
         if self.adds_space:  # as in the midst of a text
             before, both = self._ids("\n"), self._ids("\n" + answer, split_special_tokens=True)
             ids = both[len(before) :] if both[: len(before)] == before else ids
-        return ids + [self.end_id]
+        return ids + [turn.end_id]
 
     def encode_prompt(
         self, prompt: str, history: tuple[Message, ...] | None = None, opening_ids: Sequence[int] = ()
@@ -2109,7 +2119,7 @@ class PairTokenizer:
         for shown in shorter_histories(history):
             plain_frame, pref_frame = self._frames(shown)
             head, content, tail, spanning = self._encode_parts(self._plain, plain_frame, prompt, shown)
-            tail = [*tail[: max(0, len(tail) - self.surplus)], *opening_ids]
+            tail = [*tail[: max(0, len(tail) - self.turn.surplus)], *opening_ids]
             if len(head) + len(content) + len(tail) <= self.max_prompt_length:
                 pref_head, pref_content, *_ = self._encode_parts(self._guided, pref_frame, prompt, shown)
                 # Where the prefix changes how the content's first token is cut, the content keeps its plain ids.
@@ -2218,33 +2228,27 @@ class PairTokenizer:
             return probe.text in self._render(probe.as_system_message, PLACEHOLDER)
         return False
 
-    def _read_finished_turn(self) -> tuple[str, int]:
-        """The space before an answer, and the token with which an assistant's turn ends, else the end-of-sequence token.
-
-        Notes also what the generation prompt has that a finished turn lacks (the last `surplus` tokens), what that has
-        in its place (`opening_ids`), and the beginning of a thought that both have before that, if any.
-        """
+    def _finished_turn(self) -> Turn:
+        """What the template's finished turn shows, which is not always what follows its generation prompt."""
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": PLACEHOLDER}
         prompt = self._apply_template([question], add_generation_prompt=True)
         before, *after = self._apply_template([question, answer]).split(PLACEHOLDER)
         end_ids = [i for i in self._ids("".join(after[-1:])) if i in self.tokenizer.added_tokens_decoder]
         end_id = end_ids[0] if end_ids else self.tokenizer.eos_token_id
         if before == prompt or not after:  # some templates show no answer
-            return "", end_id
+            return Turn(end_id)
         start = before[: max(len(before.rstrip(" ")), len(os.path.commonprefix([prompt, before])))]
         prompt_ids, start_ids = self._ids(prompt), self._ids(start)
         same = len(os.path.commonprefix([prompt_ids, start_ids]))
-        self.surplus, self.opening_ids = len(prompt_ids) - same, start_ids[same:]
-        shared = self.tokenizer.decode(start_ids[:same])
-        if shared.rstrip().endswith(THOUGHT):
-            self.opened_thought = THOUGHT + shared.rpartition(THOUGHT)[2]
-        if self.surplus or self.opening_ids:
-            ends, opens = (self.tokenizer.decode(ids[same:]) for ids in (prompt_ids, start_ids))
+        ends, opens = (self.tokenizer.decode(ids[same:]) for ids in (prompt_ids, start_ids))
+        if ends or opens:
             self.notices.append(
                 f"the chat template begins a finished answer with {opens!r} where its generation prompt ends with "
                 f"{ends!r}: so do the prompts here, but before answers that bring their own {THOUGHT}"
             )
-        return before[len(start) :], end_id
+        shared = self.tokenizer.decode(start_ids[:same])
+        thought = THOUGHT + shared.rpartition(THOUGHT)[2] if shared.rstrip().endswith(THOUGHT) else ""
+        return Turn(end_id, before[len(start) :], len(prompt_ids) - same, start_ids[same:], thought)
 
 
 def transcript(messages: Messages) -> str:
