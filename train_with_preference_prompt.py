@@ -3629,107 +3629,217 @@ def frozen_linear(
     return matmul_4bit(rows, weight, quant_state=state, bias=bias)
 
 
-class LoRALinears(torch.autograd.Function):
-    """Of layers i that read the same x: x Wᵢᵀ + bᵢ + sᵢ (x ∘ m) Aᵢᵀ Bᵢᵀ for frozen Wᵢ (LoRA, arXiv 2106.09685, eq. 3).
+class LoRAGroup:
+    """Linear layers i that read the same x: x Wᵢᵀ + bᵢ + sᵢ (x ∘ m) Aᵢᵀ Bᵢᵀ for frozen Wᵢ (LoRA, arXiv 2106.09685, eq. 3).
 
     In as few passes over memory as it takes: the Aᵢ are one product, so that the dropout m is drawn and applied once;
     products are added up where they are made; kept for the backward pass are x and the narrow x Aᵀ. A Wᵢ in 4 bits is
-    dequantised where it is used, and again in the backward pass.
+    dequantised where it is used, and again in the backward pass. A layer without an adapter lacks the last term.
     """
 
-    @staticmethod
-    def forward(ctx, rows, dropout, scalings, states, *parameters):  # (T, in)
-        weights, biases, a, b = (parameters[kind::4] for kind in range(4))
-        ctx.share, ctx.scalings, ctx.states, ctx.ranks = dropout.share, scalings, states, list(map(len, a))
-        narrow = dropout.of(rows) @ joined(a).T  # (T, sum of ranks)
-        ctx.save_for_backward(rows, narrow, dropout.noise, *parameters)
-        frozen = (frozen_linear(rows, *layer) for layer in zip(weights, states, biases, strict=True))
-        layers = zip(frozen, b, narrow.split(ctx.ranks, dim=1), scalings, strict=True)
-        return tuple(output.addmm_(part, b.T, alpha=s) for output, b, part, s in layers)
+    def __init__(self, layers: Sequence[nn.Module]):
+        self.stock = {layer: layer.forward for layer in layers}
+        self.bases = [layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers]
+        self.states = [quant_state(base) for base in self.bases]
+        self.places = [place for place, layer in enumerate(layers) if isinstance(layer, LoraLayer)]
+        self.adapted = [layers[place] for place in self.places]
+        self.a, self.b = ([getattr(layer, name)["default"] for layer in self.adapted] for name in ("lora_A", "lora_B"))
+        self.ranks = [matrix.out_features for matrix in self.a]
+        self.input, self.outputs = None, {}
 
-    @staticmethod
-    def backward(ctx, *grads):  # (T, outᵢ)
-        rows, narrow, noise, *parameters = ctx.saved_tensors
-        weights, biases, a, b = (parameters[kind::4] for kind in range(4))
-        dropout = Dropout(noise, ctx.share)
-        layers = list(zip(grads, b, narrow.split(ctx.ranks, dim=1), ctx.scalings, strict=True))
-        grad_narrow = joined([(grad @ b).mul_(s) for grad, b, _, s in layers], dim=1)  # (T, sum of ranks)
-        grad_a = (grad_narrow.T @ dropout.of(rows)).split(ctx.ranks)
-        grad_b = [(grad.T @ part).mul_(s) for grad, _, part, s in layers]
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = dropout.of_(grad_narrow @ joined(a))
-            for grad, w, state in zip(grads, weights, ctx.states, strict=True):
-                grad_x.addmm_(grad, dequantised(w, state))
-        of_layers = ((None, None, *of_layer) for of_layer in zip(grad_a, grad_b, strict=True))
-        return grad_x, None, None, None, *itertools.chain.from_iterable(of_layers)
-
-
-class LoRAGroup:
-    """LoRA layers that read the same tensor; all are computed when the first of them is called."""
-
-    def __init__(self, layers: Sequence[LoraLayer]):
-        self.layers, self.input, self.outputs = layers, None, {}
-
-    def __call__(self, layer: LoraLayer, peft_forward: Callable, x: torch.Tensor) -> torch.Tensor:
-        """What PEFT's own forward of the layer computes."""
-        if layer.disable_adapters or layer.merged or layer.lora_A["default"].weight.dtype != x.dtype:
-            return peft_forward(x)
+    def __call__(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What one layer computes, where the model calls them one by one: all do when the first one is called."""
         if x is not self.input or layer not in self.outputs:
-            self.input, self.outputs = x, dict(zip(self.layers, self.compute(x), strict=True))
+            if not self.computes(x.dtype):
+                return self.stock[layer](x)
+            self.input, self.outputs = x, dict(zip(self.stock, self.compute(x), strict=True))
         output = self.outputs.pop(layer)
         if not self.outputs:
             self.input = None
         return output
 
     def compute(self, x: torch.Tensor) -> list[torch.Tensor]:
-        dropout = Dropout.drawn(x, self.layers[0].lora_dropout["default"])
-        parameters = [
-            parameter
-            for layer in self.layers
-            for parameter in (
-                *(layer.base_layer.weight, layer.base_layer.bias),
-                *(layer.lora_A["default"].weight, layer.lora_B["default"].weight),
-            )
-        ]
-        scalings = [layer.scaling["default"] / (1 - dropout.share) for layer in self.layers]
-        states = [quant_state(layer.base_layer) for layer in self.layers]
-        outputs = LoRALinears.apply(x.flatten(0, -2), dropout, scalings, states, *parameters)
+        """What the layers compute, (…, outᵢ) from (…, in)."""
+        outputs = applied(LoRALinears, x.flatten(0, -2), self, *self.parameters())
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 
+    def computes(self, dtype: torch.dtype) -> bool:
+        """Whether this is what PEFT would compute: the adapters are not merged, and have the dtype of x."""
+        return not any(layer.merged or layer.lora_A["default"].weight.dtype != dtype for layer in self.adapted)
 
-class SiluProduct(torch.autograd.Function):
-    """silu(gate) ∘ up, which keeps only these two."""
+    def parameters(self) -> list[torch.Tensor | None]:
+        """All Wᵢ, then all bᵢ, and unless the adapters are switched off all Aᵢ and Bᵢ."""
+        frozen = [base.weight for base in self.bases] + [base.bias for base in self.bases]
+        off = any(layer.disable_adapters for layer in self.adapted)
+        return frozen if off else frozen + [matrix.weight for matrix in (*self.a, *self.b)]
+
+    def divided(self, parameters: Sequence[torch.Tensor | None]) -> tuple[Sequence[torch.Tensor | None], ...]:
+        """All Wᵢ, bᵢ, Aᵢ and Bᵢ from what `parameters` gives."""
+        count, adapters = len(self.bases), parameters[2 * len(self.bases) :]
+        middle = len(adapters) // 2
+        return parameters[:count], parameters[count : 2 * count], adapters[:middle], adapters[middle:]
+
+    def adapters(self, narrow: torch.Tensor, b: Sequence[torch.Tensor], dropout: Dropout) -> Iterable[tuple]:
+        """Of each adapter its place among the layers, its part of x Aᵀ, Bᵢ and sᵢ, which makes up for the dropout."""
+        scalings = [layer.scaling["default"] / (1 - dropout.share) for layer in self.adapted]
+        return zip(self.places, torch.split_with_sizes(narrow, self.ranks, dim=1), b, scalings, strict=True)
+
+    def products(
+        self, rows: torch.Tensor, parameters: Sequence[torch.Tensor | None]
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None, Dropout]:
+        """The outputs (T, outᵢ) of x (T, in), x Aᵀ (T, sum of ranks) and the dropout."""
+        weights, biases, a, b = self.divided(parameters)
+        outputs = [frozen_linear(rows, *frozen) for frozen in zip(weights, self.states, biases, strict=True)]
+        if not a:
+            return outputs, None, Dropout()
+        dropout = Dropout.drawn(rows, self.adapted[0].lora_dropout["default"])
+        narrow = F.linear(dropout.of(rows), joined(a))
+        for place, part, b_i, s in self.adapters(narrow, b, dropout):
+            outputs[place].addmm_(part, b_i.T, alpha=s)
+        return outputs, narrow, dropout
+
+    def gradients(
+        self,
+        rows: torch.Tensor,
+        narrow: torch.Tensor | None,
+        dropout: Dropout,
+        parameters: Sequence[torch.Tensor | None],
+        grads: Sequence[torch.Tensor],
+        for_rows: bool = True,
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+        """From those of the outputs (T, outᵢ): the gradient of x (T, in), where it is asked for, and of the parameters."""
+        weights, biases, a, b = self.divided(parameters)
+        frozen, grad_rows, grad_a, grad_b = [None] * (len(weights) + len(biases)), None, [], []
+        if a:
+            adapters = [(grads[place], *adapter) for place, *adapter in self.adapters(narrow, b, dropout)]
+            grad_narrow = joined([(grad @ b_i).mul_(s) for grad, _, b_i, s in adapters], dim=1)  # (T, sum of ranks)
+            grad_a = torch.split_with_sizes(grad_narrow.T @ dropout.of(rows), self.ranks)
+            grad_b = [(grad.T @ part).mul_(s) for grad, part, _, s in adapters]
+        if for_rows:
+            grad_rows = dropout.of_(grad_narrow @ joined(a)) if a else torch.zeros_like(rows)
+            for grad, weight, state in zip(grads, weights, self.states, strict=True):
+                grad_rows.addmm_(grad, dequantised(weight, state))
+        return grad_rows, [*frozen, *grad_a, *grad_b]
+
+
+class NothingKept:
+    """The context of an autograd function where there is no gradient."""
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        pass
+
+
+def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """What an autograd function computes; without a gradient it is called as it is, which takes a part of the time."""
+    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(NothingKept(), *inputs)
+
+
+class LoRALinears(torch.autograd.Function):
+    """The outputs of a `LoRAGroup`."""
 
     @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+    def forward(ctx, rows, group, *parameters):
+        outputs, narrow, dropout = group.products(rows, parameters)
+        ctx.group, ctx.share = group, dropout.share
+        ctx.save_for_backward(rows, narrow, dropout.noise, *parameters)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        rows, narrow, noise, *parameters = ctx.saved_tensors
+        kept = narrow, Dropout(noise, ctx.share)
+        grad_rows, of_parameters = ctx.group.gradients(rows, *kept, parameters, grads, ctx.needs_input_grad[0])
+        return grad_rows, None, *of_parameters
+
+
+class GatedMLP(torch.autograd.Function):
+    """down(silu(gate(x)) ∘ up(x)) by the groups (gate, up) and (down); their product is made again for the gradient."""
+
+    @staticmethod
+    def forward(ctx, rows, first, last, count, *parameters):
+        (gate, up), narrow, dropout = first.products(rows, parameters[:count])
+        product = F.silu(gate).mul_(up)
+        (output,), last_narrow, last_dropout = last.products(product, parameters[count:])
+        ctx.groups, ctx.count, ctx.shares = (first, last), count, (dropout.share, last_dropout.share)
+        kept = (gate, up, narrow, dropout.noise, last_narrow, last_dropout.noise)
+        ctx.save_for_backward(rows, *kept, *parameters)
+        return output
 
     @staticmethod
     def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        rows, gate, up, narrow, noise, last_narrow, last_noise, *parameters = ctx.saved_tensors
+        (first, last), (dropout, last_dropout) = ctx.groups, map(Dropout, (noise, last_noise), ctx.shares)
+        of_first, of_last = parameters[: ctx.count], parameters[ctx.count :]
+        active = F.silu(gate)
+        grad_product, last_grads = last.gradients(active * up, last_narrow, last_dropout, of_last, [grad])
+        grads = torch.ops.aten.silu_backward(grad_product * up, gate), active.mul_(grad_product)
+        grad_rows, first_grads = first.gradients(rows, narrow, dropout, of_first, grads, ctx.needs_input_grad[0])
+        return grad_rows, None, None, None, *first_grads, *last_grads
 
 
-# Classes of transformers whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)).
-GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+class Rotation(torch.autograd.Function):
+    """Rotary positions of queries and keys (1, T, heads, head size) (arXiv 2104.09864, eq. 34; halves, not neighbours).
+
+    Args:
+        cos, sin: (1, T, 1, head size), the sines of the first half negative.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        half = cos.shape[-1] // 2
+        return tuple((x * cos).add_(x.roll(half, -1).mul_(sin)) for x in (query, key))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        cos, sin = ctx.saved_tensors
+        half = cos.shape[-1] // 2
+        return *((grad * cos).add_((grad * sin).roll(half, -1)) for grad in grads), None, None
 
 
-def gated_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The same; the product, which down_proj's adapter would keep, is made again in the backward pass."""
-    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    product = SiluProduct.apply(gate, up)
-    place, factors, shape = product.data_ptr(), (gate.detach(), up.detach()), (-1, product.shape[-1])
+@functools.lru_cache(maxsize=2)  # the same for all layers; a policy's and its teacher's rows take turns
+def rotation_of(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `Rotation` takes, from the model's own (1, T, head size)."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos.unsqueeze(2), torch.cat((-first, second), dim=-1).unsqueeze(2)
 
-    def pack(kept: torch.Tensor) -> torch.Tensor | None:
-        return None if kept.data_ptr() == place else kept
 
-    def unpack(kept: torch.Tensor | None) -> torch.Tensor:
-        return F.silu(factors[0]).mul_(factors[1]).view(shape) if kept is None else kept
+# Decoder layers of transformers that are h = x + attention(norm(x)) and h + down(silu(gate(norm(h))) ∘ up(norm(h))).
+USUAL_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return mlp.down_proj(product)
+
+class UsualLayer:
+    """What such a layer computes of packed trees, in few and large steps: a GPU waits for the processor to start them."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer, self.stock, attention, mlp = layer, layer.forward, layer.self_attn, layer.mlp
+        self.qkv = LoRAGroup([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out, self.gate_up = LoRAGroup([attention.o_proj]), LoRAGroup([mlp.gate_proj, mlp.up_proj])
+        self.down = LoRAGroup([mlp.down_proj])
+        self.groups = (self.qkv, self.out, self.gate_up, self.down)
+
+    def __call__(self, hidden: torch.Tensor, position_embeddings=None, trees: Sequence[Tree] = (), **kwargs):
+        if not trees or not all(group.computes(hidden.dtype) for group in self.groups):
+            return self.stock(hidden, position_embeddings=position_embeddings, trees=trees, **kwargs)
+        hidden = hidden + self.attended(self.layer.input_layernorm(hidden), position_embeddings, trees)
+        rows = self.layer.post_attention_layernorm(hidden).flatten(0, -2)
+        first, last = self.gate_up.parameters(), self.down.parameters()
+        output = applied(GatedMLP, rows, self.gate_up, self.down, len(first), *first, *last)
+        return hidden + output.view_as(hidden)
+
+    def attended(
+        self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], trees: Sequence[Tree]
+    ) -> torch.Tensor:
+        """(1, T, H) from (1, T, H)."""
+        attention = self.layer.self_attn
+        shape = (*hidden.shape[:-1], -1, attention.head_dim)
+        query, key, value = (states.view(shape) for states in self.qkv.compute(hidden))
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        query, key = applied(Rotation, query, key, *rotation_of(*position_embeddings))
+        states = (states.transpose(1, 2) for states in (query, key, value))
+        output, _ = tree_attention(attention, *states, None, attention.scaling, trees=trees)
+        return self.out.compute(output.flatten(2))[0]
 
 
 # Classes of transformers whose forward is weight * (x / √(mean(x²) + ε)), computed in fp32.
@@ -3758,20 +3868,31 @@ def adapts_linear(module: nn.Module) -> bool:
     return is_dense or quant_state(module.base_layer) is not None
 
 
-def speed_up(policy: PeftModel, checkpointed: bool) -> None:
-    """Lets the LoRA layers of frozen linear ones be computed by `LoRALinears`; others stay as PEFT has them.
+def is_frozen_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, dense or in 4 bits, that is not trained."""
+    return (type(module) is nn.Linear or quant_state(module) is not None) and not module.weight.requires_grad
 
-    Args:
-        checkpointed: whether whole layers are computed again in the backward pass, so that none need do it by itself.
-    """
+
+def is_usual(layer: nn.Module) -> bool:
+    """Whether `UsualLayer` computes what a module does."""
+    if type(layer).__name__ not in USUAL_LAYERS or layer.self_attn.config.hidden_act != "silu":
+        return False
+    linear = [
+        module for part in (layer.self_attn, layer.mlp) for name, module in part.named_children() if "proj" in name
+    ]
+    return all(adapts_linear(module) or is_frozen_linear(module) for module in linear)
+
+
+def speed_up(policy: PeftModel) -> None:
+    """Lets LoRA layers of frozen linear ones, and usual decoder layers, be computed as above; others stay as they are."""
     for parent in policy.modules():
         layers = {name: child for name, child in parent.named_children() if adapts_linear(child)}
         for names in (*READ_TOGETHER, *((name,) for name in layers)):
             group = LoRAGroup([layers.pop(name) for name in names if name in layers])
-            for layer in group.layers:
-                layer.forward = functools.partial(group, layer, layer.forward)
-        if type(parent).__name__ in GATED_MLPS and parent.config.hidden_act == "silu" and not checkpointed:
-            parent.forward = functools.partial(gated_forward, parent)
+            for layer in group.stock:
+                layer.forward = functools.partial(group, layer)
+        if is_usual(parent):
+            parent.forward = UsualLayer(parent)
     switch_at_once(policy)
 
 
@@ -5598,6 +5719,8 @@ def merged_model(policy: PeftModel) -> PreTrainedModel:
 
     A base in 4 bits is dequantised first, to what the policy was trained on; PEFT would round the sum to 4 bits again.
     """
+    for layer in [module for module in policy.modules() if isinstance(vars(module).get("forward"), UsualLayer)]:
+        del layer.forward  # its class's is back, for the linear layers that stay
     if is_quantised(policy):
         config = policy.peft_config["default"]
         state = get_peft_model_state_dict(policy.to(merge_place(policy)), save_embedding_layers=False)
@@ -7922,7 +8045,7 @@ def build_policy(
     for parameter in filter(lambda parameter: parameter.requires_grad, policy.parameters()):
         parameter.data = parameter.data.to(model.dtype)  # as every stage's engine holds it; ZeRO-3's takes no other
     if is_whole and not args.trains_prefix:  # what is divided is so in its own module's call alone, as PEFT has it
-        speed_up(policy, args.gradient_checkpointing)
+        speed_up(policy)
     return policy, soft_prompt, FirstScores(base_logps, start_logps)
 
 

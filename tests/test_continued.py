@@ -297,7 +297,7 @@ def test_adapters_that_peft_made_score_as_in_peft(settings, tokenizer, tokenized
     expected = padded_logps(made.float(), tokenized)
     policy = opened(tmp_path, tokenizer)
     T.enable_packed_forward(policy.get_base_model())
-    T.speed_up(policy, checkpointed=False)
+    T.speed_up(policy)
     torch.testing.assert_close(T.teacher_logps(policy, pack(tokenized)), expected, rtol=1e-5, atol=1e-4)
     off = T.reference_logps(policy, pack(tokenized))
     assert (off - expected).abs().max() > 0.1

@@ -149,7 +149,7 @@ def test_lora_layers_compute_what_pefts_do(folder, tokenized, training, adapter_
     policy = trained_policy(folder).train(training)
 
     def speed_up():
-        T.speed_up(policy, checkpointed)
+        T.speed_up(policy)
         if checkpointed:
             policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
@@ -162,7 +162,7 @@ def test_lora_layers_compute_what_pefts_do(folder, tokenized, training, adapter_
 def test_they_are_computed_together(folder, tokenized, monkeypatch):
     """Not left to PEFT's forward."""
     policy, calls = trained_policy(folder), []
-    T.speed_up(policy, checkpointed=False)
+    T.speed_up(policy)
     monkeypatch.setattr(T, "frozen_linear", lambda *x, compute=T.frozen_linear: calls.append(x[2]) or compute(*x))
     T.policy_logps(policy, pack(tokenized))
     assert len(calls) == 14 and None not in calls  # two layers of seven
@@ -184,10 +184,11 @@ def by_hand(folder, state, scaling):
 
 def test_merged_weights_are_what_the_policy_computed_with(folder, tokenized):
     policy = trained_policy(folder)
-    T.speed_up(policy, checkpointed=False)
+    T.speed_up(policy)
     state = {name: tensor.clone() for name, tensor in T.get_peft_model_state_dict(policy).items()}
     expected = T.teacher_logps(policy, pack(tokenized))
     merged = T.merged_model(policy)
+    assert not any("forward" in vars(layer) for layer in merged.model.layers)  # else they would be those in 4 bits
     assert not T.is_quantised(merged) and "quantization_config" not in merged.config.to_dict()
     found = dict(merged.named_modules())
     for name, weight in by_hand(folder, state, scaling=32 / 4).items():
@@ -212,7 +213,7 @@ def test_gpt2s_layers_keep_their_matrix_the_other_way_round(tmp_path, tokenizer,
     AutoModelForCausalLM.from_config(GPT2Config(**sizes, initializer_range=0.3)).save_pretrained(tmp_path)
     policy = trained_policy(str(tmp_path))
     assert len(quantised_names(policy)) == 4
-    T.speed_up(policy, checkpointed=False)
+    T.speed_up(policy)
     expected = T.teacher_logps(policy, pack(tokenized))
     merged = T.merged_model(policy)
     torch.testing.assert_close(T.teacher_logps(merged, pack(tokenized)), expected, **CLOSE)

@@ -39,7 +39,7 @@ def policy_of(shape, rank, dropout, fused=True, **options):
     args = T.ScriptArguments(lora_r=rank, lora_dropout=dropout)
     policy = T.add_adapter(T.enable_packed_forward(model_of(shape, **options)), args)
     if fused:
-        T.speed_up(policy, checkpointed=False)
+        T.speed_up(policy)
     return policy.train()
 
 

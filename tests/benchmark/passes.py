@@ -38,7 +38,7 @@ def policy_of(shape: str, dropout: float) -> torch.nn.Module:
     if ON_GPU:
         T.fuse_norms(model)
     policy = T.add_adapter(model, T.ScriptArguments(lora_dropout=dropout)).to(dtype)
-    T.speed_up(policy, checkpointed=False)
+    T.speed_up(policy)
     return policy.train()
 
 
