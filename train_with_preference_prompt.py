@@ -3658,9 +3658,13 @@ class LoRAGroup:
             self.input = None
         return output
 
-    def compute(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """What the layers compute, (…, outᵢ) from (…, in)."""
-        outputs = applied(LoRALinears, x.flatten(0, -2), self, *self.parameters())
+    def compute(self, x: torch.Tensor, norm: nn.Module | None = None) -> list[torch.Tensor]:
+        """What the layers compute, (…, outᵢ) from (…, in).
+
+        Args:
+            norm: what x goes through before the layers read it.
+        """
+        outputs = applied(LoRALinears, *rows_of(x, norm), self, *self.parameters())
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 
     def computes(self, dtype: torch.dtype) -> bool:
@@ -3734,47 +3738,53 @@ def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(NothingKept(), *inputs)
 
 
+def rows_of(x: torch.Tensor, norm: nn.Module | None) -> tuple[torch.Tensor, torch.Tensor | None, nn.Module | None]:
+    """What layers read of x (…, in): (T, in). What is behind a norm is not kept, but made again of x, which the norm keeps."""
+    return (x.flatten(0, -2), None, None) if norm is None else (norm(x).flatten(0, -2), x.detach(), norm)
+
+
 class LoRALinears(torch.autograd.Function):
-    """The outputs of a `LoRAGroup`."""
+    """The outputs of a `LoRAGroup` from what `rows_of` gives."""
 
     @staticmethod
-    def forward(ctx, rows, group, *parameters):
+    def forward(ctx, rows, x, norm, group, *parameters):
         outputs, narrow, dropout = group.products(rows, parameters)
-        ctx.group, ctx.share = group, dropout.share
-        ctx.save_for_backward(rows, narrow, dropout.noise, *parameters)
+        ctx.norm, ctx.group, ctx.share = norm, group, dropout.share
+        ctx.save_for_backward(rows if norm is None else x, narrow, dropout.noise, *parameters)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *grads):
-        rows, narrow, noise, *parameters = ctx.saved_tensors
-        kept = narrow, Dropout(noise, ctx.share)
-        grad_rows, of_parameters = ctx.group.gradients(rows, *kept, parameters, grads, ctx.needs_input_grad[0])
-        return grad_rows, None, *of_parameters
+        x, narrow, noise, *parameters = ctx.saved_tensors
+        kept = rows_of(x, ctx.norm)[0], narrow, Dropout(noise, ctx.share)
+        grad_rows, of_parameters = ctx.group.gradients(*kept, parameters, grads, ctx.needs_input_grad[0])
+        return grad_rows, None, None, None, *of_parameters
 
 
 class GatedMLP(torch.autograd.Function):
     """down(silu(gate(x)) ∘ up(x)) by the groups (gate, up) and (down); their product is made again for the gradient."""
 
     @staticmethod
-    def forward(ctx, rows, first, last, count, *parameters):
+    def forward(ctx, rows, x, norm, first, last, count, *parameters):
         (gate, up), narrow, dropout = first.products(rows, parameters[:count])
         product = F.silu(gate).mul_(up)
         (output,), last_narrow, last_dropout = last.products(product, parameters[count:])
-        ctx.groups, ctx.count, ctx.shares = (first, last), count, (dropout.share, last_dropout.share)
-        kept = (gate, up, narrow, dropout.noise, last_narrow, last_dropout.noise)
-        ctx.save_for_backward(rows, *kept, *parameters)
+        ctx.norm, ctx.groups, ctx.count, ctx.shares = norm, (first, last), count, (dropout.share, last_dropout.share)
+        kept = (rows if norm is None else x, gate, up, narrow, dropout.noise, last_narrow, last_dropout.noise)
+        ctx.save_for_backward(*kept, *parameters)
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        rows, gate, up, narrow, noise, last_narrow, last_noise, *parameters = ctx.saved_tensors
+        x, gate, up, narrow, noise, last_narrow, last_noise, *parameters = ctx.saved_tensors
         (first, last), (dropout, last_dropout) = ctx.groups, map(Dropout, (noise, last_noise), ctx.shares)
         of_first, of_last = parameters[: ctx.count], parameters[ctx.count :]
         active = F.silu(gate)
         grad_product, last_grads = last.gradients(active * up, last_narrow, last_dropout, of_last, [grad])
         grads = torch.ops.aten.silu_backward(grad_product * up, gate), active.mul_(grad_product)
-        grad_rows, first_grads = first.gradients(rows, narrow, dropout, of_first, grads, ctx.needs_input_grad[0])
-        return grad_rows, None, None, None, *first_grads, *last_grads
+        kept = rows_of(x, ctx.norm)[0], narrow, dropout
+        grad_rows, first_grads = first.gradients(*kept, of_first, grads, ctx.needs_input_grad[0])
+        return grad_rows, None, None, None, None, None, *first_grads, *last_grads
 
 
 class Rotation(torch.autograd.Function):
@@ -3817,14 +3827,14 @@ class UsualLayer:
         self.out, self.gate_up = LoRAGroup([attention.o_proj]), LoRAGroup([mlp.gate_proj, mlp.up_proj])
         self.down = LoRAGroup([mlp.down_proj])
         self.groups = (self.qkv, self.out, self.gate_up, self.down)
+        self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
 
     def __call__(self, hidden: torch.Tensor, position_embeddings=None, trees: Sequence[Tree] = (), **kwargs):
         if not trees or not all(group.computes(hidden.dtype) for group in self.groups):
             return self.stock(hidden, position_embeddings=position_embeddings, trees=trees, **kwargs)
-        hidden = hidden + self.attended(self.layer.input_layernorm(hidden), position_embeddings, trees)
-        rows = self.layer.post_attention_layernorm(hidden).flatten(0, -2)
-        first, last = self.gate_up.parameters(), self.down.parameters()
-        output = applied(GatedMLP, rows, self.gate_up, self.down, len(first), *first, *last)
+        hidden = hidden + self.attended(hidden, position_embeddings, trees)
+        rows, first, last = rows_of(hidden, self.norms[1]), self.gate_up.parameters(), self.down.parameters()
+        output = applied(GatedMLP, *rows, self.gate_up, self.down, len(first), *first, *last)
         return hidden + output.view_as(hidden)
 
     def attended(
@@ -3833,7 +3843,7 @@ class UsualLayer:
         """(1, T, H) from (1, T, H)."""
         attention = self.layer.self_attn
         shape = (*hidden.shape[:-1], -1, attention.head_dim)
-        query, key, value = (states.view(shape) for states in self.qkv.compute(hidden))
+        query, key, value = (states.view(shape) for states in self.qkv.compute(hidden, self.norms[0]))
         if hasattr(attention, "q_norm"):
             query, key = attention.q_norm(query), attention.k_norm(key)
         query, key = applied(Rotation, query, key, *rotation_of(*position_embeddings))
