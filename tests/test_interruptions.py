@@ -37,7 +37,7 @@ def uninterrupted_run(variables, epochs: int, factory):
 
 @pytest.fixture(scope="module")
 def whole(tiny_run, tmp_path_factory):
-    return uninterrupted_run(tiny_run, 20, tmp_path_factory)
+    return uninterrupted_run(tiny_run, 10, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_twenty_kills_at_random_points_change_nothing(whole, tmp_path):
         assert result.returncode in (-9, -15, -2, 130), result.stderr[-2000:]
         kills += 1
     reached = [int(path.name.split("-")[1]) if path else 0 for path in restarts]
-    assert reached == sorted(reached) and 5 < reached[-1] < 60  # never back, and all kills came before the end
+    assert reached == sorted(reached) and 5 < reached[-1] < 30  # never back, and all kills came before the end
     finished(train(resumed(variables, tmp_path), tmp_path))
     assert_bit_equal(tmp_path, uninterrupted)
     assert curves(tmp_path) == curves(uninterrupted)
