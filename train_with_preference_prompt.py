@@ -3571,355 +3571,6 @@ def chunked_logps(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) 
     return torch.cat([score(head, *part) for part in chunks])
 
 
-class Dropout(NamedTuple):
-    """Which entries of the input (T, C) of adapters are dropped, in the fewest passes over memory.
-
-    On a CPU, where drawing costs most: 16 random bits each, below a limit. On a GPU a mask.
-    """
-
-    noise: torch.Tensor | None = None  # (T, C) int16, or bool, True where kept; None drops nothing
-    share: float = 0.0  # that is dropped, on a CPU in 2⁻¹⁶
-
-    @classmethod
-    def drawn(cls, x: torch.Tensor, stock: nn.Module) -> "Dropout":
-        """For this input, with the share of PEFT's own dropout."""
-        share = getattr(stock, "p", 0.0) if stock.training else 0.0
-        if share == 0:
-            return cls()
-        if x.is_cuda:
-            mask = torch.empty(x.numel() // x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device)
-            return cls(mask.bernoulli_(1 - share), share)
-        words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
-        bits = words.random_(-(2**63), None).view(torch.int16)
-        return cls(bits[: x.numel()].view(-1, x.shape[-1]), min(round(share * 2**16), 2**16 - 1) / 2**16)
-
-    def of(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows (T, C) with 0 where they are dropped; what is kept is not scaled."""
-        if self.noise is None:
-            return rows
-        return self.masked(rows) if self.noise.dtype == torch.bool else self.kept(rows.dtype).mul_(rows)
-
-    def of_(self, rows: torch.Tensor) -> torch.Tensor:
-        """The same, of rows that nobody else needs."""
-        if self.noise is None:
-            return rows
-        return self.masked(rows) if self.noise.dtype == torch.bool else rows.mul_(self.kept(rows.dtype))
-
-    def masked(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten.native_dropout_backward(rows, self.noise, 1.0)  # a product with a mask, in one pass
-
-    def kept(self, dtype: torch.dtype) -> torch.Tensor:
-        limit = round(self.share * 2**16) - 2**15
-        return torch.ge(self.noise, limit, out=torch.empty_like(self.noise, dtype=dtype))
-
-
-def joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    """`torch.cat` that does not copy a single tensor."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def frozen_linear(
-    rows: torch.Tensor, weight: torch.Tensor, state: Any | None, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """x Wᵀ + b (T, out), without a gradient, by the kernel of the layer itself; `state` as in `dequantised`."""
-    if state is None:
-        return F.linear(rows, weight, bias)
-    from bitsandbytes import matmul_4bit
-
-    return matmul_4bit(rows, weight, quant_state=state, bias=bias)
-
-
-class LoRAGroup:
-    """Linear layers i that read the same x: x Wᵢᵀ + bᵢ + sᵢ (x ∘ m) Aᵢᵀ Bᵢᵀ for frozen Wᵢ (LoRA, arXiv 2106.09685, eq. 3).
-
-    In as few passes over memory as it takes: the Aᵢ are one product, so that the dropout m is drawn and applied once;
-    products are added up where they are made; kept for the backward pass are x and the narrow x Aᵀ. A Wᵢ in 4 bits is
-    dequantised where it is used, and again in the backward pass. A layer without an adapter lacks the last term.
-    """
-
-    def __init__(self, layers: Sequence[nn.Module]):
-        self.stock = {layer: layer.forward for layer in layers}
-        self.bases = [layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers]
-        self.states = [quant_state(base) for base in self.bases]
-        self.places = [place for place, layer in enumerate(layers) if isinstance(layer, LoraLayer)]
-        self.adapted = [layers[place] for place in self.places]
-        self.a, self.b = ([getattr(layer, name)["default"] for layer in self.adapted] for name in ("lora_A", "lora_B"))
-        self.ranks = [matrix.out_features for matrix in self.a]
-        self.input, self.outputs = None, {}
-
-    def __call__(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """What one layer computes, where the model calls them one by one: all do when the first one is called."""
-        if x is not self.input or layer not in self.outputs:
-            if not self.computes(x.dtype):
-                return self.stock[layer](x)
-            self.input, self.outputs = x, dict(zip(self.stock, self.compute(x), strict=True))
-        output = self.outputs.pop(layer)
-        if not self.outputs:
-            self.input = None
-        return output
-
-    def compute(self, x: torch.Tensor, norm: nn.Module | None = None) -> list[torch.Tensor]:
-        """What the layers compute, (…, outᵢ) from (…, in).
-
-        Args:
-            norm: what x goes through before the layers read it.
-        """
-        outputs = applied(LoRALinears, *rows_of(x, norm), self, *self.parameters())
-        return [output.view(*x.shape[:-1], -1) for output in outputs]
-
-    def computes(self, dtype: torch.dtype) -> bool:
-        """Whether this is what PEFT would compute: the adapters are not merged, and have the dtype of x."""
-        return not any(layer.merged or layer.lora_A["default"].weight.dtype != dtype for layer in self.adapted)
-
-    def parameters(self) -> list[torch.Tensor | None]:
-        """All Wᵢ, then all bᵢ, and unless the adapters are switched off all Aᵢ and Bᵢ."""
-        frozen = [base.weight for base in self.bases] + [base.bias for base in self.bases]
-        off = any(layer.disable_adapters for layer in self.adapted)
-        return frozen if off else frozen + [matrix.weight for matrix in (*self.a, *self.b)]
-
-    def divided(self, parameters: Sequence[torch.Tensor | None]) -> tuple[Sequence[torch.Tensor | None], ...]:
-        """All Wᵢ, bᵢ, Aᵢ and Bᵢ from what `parameters` gives."""
-        count, adapters = len(self.bases), parameters[2 * len(self.bases) :]
-        middle = len(adapters) // 2
-        return parameters[:count], parameters[count : 2 * count], adapters[:middle], adapters[middle:]
-
-    def adapters(self, narrow: torch.Tensor, b: Sequence[torch.Tensor], dropout: Dropout) -> Iterable[tuple]:
-        """Of each adapter its place among the layers, its part of x Aᵀ, Bᵢ and sᵢ, which makes up for the dropout."""
-        scalings = [layer.scaling["default"] / (1 - dropout.share) for layer in self.adapted]
-        return zip(self.places, torch.split_with_sizes(narrow, self.ranks, dim=1), b, scalings, strict=True)
-
-    def products(
-        self, rows: torch.Tensor, parameters: Sequence[torch.Tensor | None]
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None, Dropout]:
-        """The outputs (T, outᵢ) of x (T, in), x Aᵀ (T, sum of ranks) and the dropout."""
-        weights, biases, a, b = self.divided(parameters)
-        outputs = [frozen_linear(rows, *frozen) for frozen in zip(weights, self.states, biases, strict=True)]
-        if not a:
-            return outputs, None, Dropout()
-        dropout = Dropout.drawn(rows, self.adapted[0].lora_dropout["default"])
-        narrow = F.linear(dropout.of(rows), joined(a))
-        for place, part, b_i, s in self.adapters(narrow, b, dropout):
-            outputs[place].addmm_(part, b_i.T, alpha=s)
-        return outputs, narrow, dropout
-
-    def gradients(
-        self,
-        rows: torch.Tensor,
-        narrow: torch.Tensor | None,
-        dropout: Dropout,
-        parameters: Sequence[torch.Tensor | None],
-        grads: Sequence[torch.Tensor],
-        for_rows: bool = True,
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-        """From those of the outputs (T, outᵢ): the gradient of x (T, in), where it is asked for, and of the parameters."""
-        weights, biases, a, b = self.divided(parameters)
-        frozen, grad_rows, grad_a, grad_b = [None] * (len(weights) + len(biases)), None, [], []
-        if a:
-            adapters = [(grads[place], *adapter) for place, *adapter in self.adapters(narrow, b, dropout)]
-            grad_narrow = joined([(grad @ b_i).mul_(s) for grad, _, b_i, s in adapters], dim=1)  # (T, sum of ranks)
-            grad_a = torch.split_with_sizes(grad_narrow.T @ dropout.of(rows), self.ranks)
-            grad_b = [(grad.T @ part).mul_(s) for grad, part, _, s in adapters]
-        if for_rows:
-            grad_rows = dropout.of_(grad_narrow @ joined(a)) if a else torch.zeros_like(rows)
-            for grad, weight, state in zip(grads, weights, self.states, strict=True):
-                grad_rows.addmm_(grad, dequantised(weight, state))
-        return grad_rows, [*frozen, *grad_a, *grad_b]
-
-
-class NothingKept:
-    """The context of an autograd function where there is no gradient."""
-
-    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
-        pass
-
-
-def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    """What an autograd function computes; without a gradient it is called as it is, which takes a part of the time."""
-    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(NothingKept(), *inputs)
-
-
-def rows_of(x: torch.Tensor, norm: nn.Module | None) -> tuple[torch.Tensor, torch.Tensor | None, nn.Module | None]:
-    """What layers read of x (…, in): (T, in). What is behind a norm is not kept, but made again of x, which the norm keeps."""
-    return (x.flatten(0, -2), None, None) if norm is None else (norm(x).flatten(0, -2), x.detach(), norm)
-
-
-class LoRALinears(torch.autograd.Function):
-    """The outputs of a `LoRAGroup` from what `rows_of` gives."""
-
-    @staticmethod
-    def forward(ctx, rows, x, norm, group, *parameters):
-        outputs, narrow, dropout = group.products(rows, parameters)
-        ctx.norm, ctx.group, ctx.share = norm, group, dropout.share
-        ctx.save_for_backward(rows if norm is None else x, narrow, dropout.noise, *parameters)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        x, narrow, noise, *parameters = ctx.saved_tensors
-        kept = rows_of(x, ctx.norm)[0], narrow, Dropout(noise, ctx.share)
-        grad_rows, of_parameters = ctx.group.gradients(*kept, parameters, grads, ctx.needs_input_grad[0])
-        return grad_rows, None, None, None, *of_parameters
-
-
-class GatedMLP(torch.autograd.Function):
-    """down(silu(gate(x)) ∘ up(x)) by the groups (gate, up) and (down); their product is made again for the gradient."""
-
-    @staticmethod
-    def forward(ctx, rows, x, norm, first, last, count, *parameters):
-        (gate, up), narrow, dropout = first.products(rows, parameters[:count])
-        product = F.silu(gate).mul_(up)
-        (output,), last_narrow, last_dropout = last.products(product, parameters[count:])
-        ctx.norm, ctx.groups, ctx.count, ctx.shares = norm, (first, last), count, (dropout.share, last_dropout.share)
-        kept = (rows if norm is None else x, gate, up, narrow, dropout.noise, last_narrow, last_dropout.noise)
-        ctx.save_for_backward(*kept, *parameters)
-        return output
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, gate, up, narrow, noise, last_narrow, last_noise, *parameters = ctx.saved_tensors
-        (first, last), (dropout, last_dropout) = ctx.groups, map(Dropout, (noise, last_noise), ctx.shares)
-        of_first, of_last = parameters[: ctx.count], parameters[ctx.count :]
-        active = F.silu(gate)
-        grad_product, last_grads = last.gradients(active * up, last_narrow, last_dropout, of_last, [grad])
-        grads = torch.ops.aten.silu_backward(grad_product * up, gate), active.mul_(grad_product)
-        kept = rows_of(x, ctx.norm)[0], narrow, dropout
-        grad_rows, first_grads = first.gradients(*kept, of_first, grads, ctx.needs_input_grad[0])
-        return grad_rows, None, None, None, None, None, *first_grads, *last_grads
-
-
-class Rotation(torch.autograd.Function):
-    """Rotary positions of queries and keys (1, T, heads, head size) (arXiv 2104.09864, eq. 34; halves, not neighbours).
-
-    Args:
-        cos, sin: (1, T, 1, head size), the sines of the first half negative.
-    """
-
-    @staticmethod
-    def forward(ctx, query, key, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        half = cos.shape[-1] // 2
-        return tuple((x * cos).add_(x.roll(half, -1).mul_(sin)) for x in (query, key))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        cos, sin = ctx.saved_tensors
-        half = cos.shape[-1] // 2
-        return *((grad * cos).add_((grad * sin).roll(half, -1)) for grad in grads), None, None
-
-
-@functools.lru_cache(maxsize=2)  # the same for all layers; a policy's and its teacher's rows take turns
-def rotation_of(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `Rotation` takes, from the model's own (1, T, head size)."""
-    first, second = sin.chunk(2, dim=-1)
-    return cos.unsqueeze(2), torch.cat((-first, second), dim=-1).unsqueeze(2)
-
-
-# Decoder layers of transformers that are h = x + attention(norm(x)) and h + down(silu(gate(norm(h))) ∘ up(norm(h))).
-USUAL_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-
-
-class UsualLayer:
-    """What such a layer computes of packed trees, in few and large steps: a GPU waits for the processor to start them."""
-
-    def __init__(self, layer: nn.Module):
-        self.layer, self.stock, attention, mlp = layer, layer.forward, layer.self_attn, layer.mlp
-        self.qkv = LoRAGroup([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out, self.gate_up = LoRAGroup([attention.o_proj]), LoRAGroup([mlp.gate_proj, mlp.up_proj])
-        self.down = LoRAGroup([mlp.down_proj])
-        self.groups = (self.qkv, self.out, self.gate_up, self.down)
-        self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
-
-    def __call__(self, hidden: torch.Tensor, position_embeddings=None, trees: Sequence[Tree] = (), **kwargs):
-        if not trees or not all(group.computes(hidden.dtype) for group in self.groups):
-            return self.stock(hidden, position_embeddings=position_embeddings, trees=trees, **kwargs)
-        hidden = hidden + self.attended(hidden, position_embeddings, trees)
-        rows, first, last = rows_of(hidden, self.norms[1]), self.gate_up.parameters(), self.down.parameters()
-        output = applied(GatedMLP, *rows, self.gate_up, self.down, len(first), *first, *last)
-        return hidden + output.view_as(hidden)
-
-    def attended(
-        self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], trees: Sequence[Tree]
-    ) -> torch.Tensor:
-        """(1, T, H) from (1, T, H)."""
-        attention = self.layer.self_attn
-        shape = (*hidden.shape[:-1], -1, attention.head_dim)
-        query, key, value = (states.view(shape) for states in self.qkv.compute(hidden, self.norms[0]))
-        if hasattr(attention, "q_norm"):
-            query, key = attention.q_norm(query), attention.k_norm(key)
-        query, key = applied(Rotation, query, key, *rotation_of(*position_embeddings))
-        states = (states.transpose(1, 2) for states in (query, key, value))
-        output, _ = tree_attention(attention, *states, None, attention.scaling, trees=trees)
-        return self.out.compute(output.flatten(2))[0]
-
-
-# Classes of transformers whose forward is weight * (x / √(mean(x²) + ε)), computed in fp32.
-RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
-
-
-def fuse_norms(model: PreTrainedModel) -> None:
-    """Lets norms be computed by PyTorch's own kernel: on a GPU one pass over memory for seven, and only x is kept."""
-
-    def forward(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-    for module in model.modules():
-        if type(module).__name__ in RMS_NORMS:
-            module.forward = functools.partial(forward, module)
-
-
-READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-def adapts_linear(module: nn.Module) -> bool:
-    """Whether a module is the LoRA layer of a linear one, dense or in 4 bits."""
-    if not isinstance(module, LoraLayer):
-        return False
-    is_dense = isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear
-    return is_dense or quant_state(module.base_layer) is not None
-
-
-def is_frozen_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, dense or in 4 bits, that is not trained."""
-    return (type(module) is nn.Linear or quant_state(module) is not None) and not module.weight.requires_grad
-
-
-def is_usual(layer: nn.Module) -> bool:
-    """Whether `UsualLayer` computes what a module does."""
-    if type(layer).__name__ not in USUAL_LAYERS or layer.self_attn.config.hidden_act != "silu":
-        return False
-    linear = [
-        module for part in (layer.self_attn, layer.mlp) for name, module in part.named_children() if "proj" in name
-    ]
-    return all(adapts_linear(module) or is_frozen_linear(module) for module in linear)
-
-
-def speed_up(policy: PeftModel) -> None:
-    """Lets LoRA layers of frozen linear ones, and usual decoder layers, be computed as above; others stay as they are."""
-    for parent in policy.modules():
-        layers = {name: child for name, child in parent.named_children() if adapts_linear(child)}
-        for names in (*READ_TOGETHER, *((name,) for name in layers)):
-            group = LoRAGroup([layers.pop(name) for name in names if name in layers])
-            for layer in group.stock:
-                layer.forward = functools.partial(group, layer)
-        if is_usual(parent):
-            parent.forward = UsualLayer(parent)
-    switch_at_once(policy)
-
-
-def switch_at_once(policy: PeftModel) -> None:
-    """Lets `train` and `eval`, which every update calls, go through a list: PyTorch's walk takes as long as a layer."""
-    modules = list(policy.modules())
-    if any(type(module).train not in (nn.Module.train, PreTrainedModel.train) for module in modules):
-        return  # it does more than to set the mode
-
-    def train(mode: bool = True) -> PeftModel:
-        for module in modules:
-            module.__dict__["training"] = mode
-        return policy
-
-    policy.train = train
-
-
 def model_inputs(
     causal_lm: PreTrainedModel, input_ids: torch.Tensor, soft_prompt: nn.Embedding | None
 ) -> dict[str, torch.Tensor]:
@@ -4081,7 +3732,364 @@ def unpacked_logps(
 
 
 # ======================================================================================================================
-# 13 · Loss — pure functions of log-probabilities.
+# 13 · Layers — what a policy's layers compute, in fewer and larger steps, of which less is kept.
+# ======================================================================================================================
+
+
+class Dropout(NamedTuple):
+    """Which entries of the input (T, C) of adapters are dropped, in the fewest passes over memory.
+
+    On a CPU, where drawing costs most: 16 random bits each, below a limit. On a GPU a mask.
+    """
+
+    noise: torch.Tensor | None = None  # (T, C) int16, or bool, True where kept; None drops nothing
+    share: float = 0.0  # that is dropped, on a CPU in 2⁻¹⁶
+
+    @classmethod
+    def drawn(cls, x: torch.Tensor, stock: nn.Module) -> "Dropout":
+        """For this input, with the share of PEFT's own dropout."""
+        share = getattr(stock, "p", 0.0) if stock.training else 0.0
+        if share == 0:
+            return cls()
+        if x.is_cuda:
+            mask = torch.empty(x.numel() // x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device)
+            return cls(mask.bernoulli_(1 - share), share)
+        words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
+        bits = words.random_(-(2**63), None).view(torch.int16)
+        return cls(bits[: x.numel()].view(-1, x.shape[-1]), min(round(share * 2**16), 2**16 - 1) / 2**16)
+
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows (T, C) with 0 where they are dropped; what is kept is not scaled."""
+        if self.noise is None:
+            return rows
+        return self.masked(rows) if self.noise.dtype == torch.bool else self.kept(rows.dtype).mul_(rows)
+
+    def of_(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same, of rows that nobody else needs."""
+        if self.noise is None:
+            return rows
+        return self.masked(rows) if self.noise.dtype == torch.bool else rows.mul_(self.kept(rows.dtype))
+
+    def masked(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.native_dropout_backward(rows, self.noise, 1.0)  # a product with a mask, in one pass
+
+    def kept(self, dtype: torch.dtype) -> torch.Tensor:
+        limit = round(self.share * 2**16) - 2**15
+        return torch.ge(self.noise, limit, out=torch.empty_like(self.noise, dtype=dtype))
+
+
+def joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """`torch.cat` that does not copy a single tensor."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def frozen_linear(
+    rows: torch.Tensor, weight: torch.Tensor, state: Any | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x Wᵀ + b (T, out), without a gradient, by the kernel of the layer itself; `state` as in `dequantised`."""
+    if state is None:
+        return F.linear(rows, weight, bias)
+    from bitsandbytes import matmul_4bit
+
+    return matmul_4bit(rows, weight, quant_state=state, bias=bias)
+
+
+class LoRAGroup:
+    """Linear layers i that read the same x: x Wᵢᵀ + bᵢ + sᵢ (x ∘ m) Aᵢᵀ Bᵢᵀ for frozen Wᵢ (LoRA, arXiv 2106.09685, eq. 3).
+
+    In as few passes over memory as it takes: the Aᵢ are one product, so that the dropout m is drawn and applied once;
+    products are added up where they are made; kept for the backward pass are x and the narrow x Aᵀ. A Wᵢ in 4 bits is
+    dequantised where it is used, and again in the backward pass. A layer without an adapter lacks the last term.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        self.stock = {layer: layer.forward for layer in layers}
+        self.bases = [layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers]
+        self.states = [quant_state(base) for base in self.bases]
+        self.places = [place for place, layer in enumerate(layers) if isinstance(layer, LoraLayer)]
+        self.adapted = [layers[place] for place in self.places]
+        self.a, self.b = ([getattr(layer, name)["default"] for layer in self.adapted] for name in ("lora_A", "lora_B"))
+        self.ranks = [matrix.out_features for matrix in self.a]
+        self.input, self.outputs = None, {}
+
+    def __call__(self, x: torch.Tensor, norm: nn.Module | None = None) -> list[torch.Tensor]:
+        """What the layers compute, (…, outᵢ) from (…, in).
+
+        Args:
+            norm: what x goes through before the layers read it.
+        """
+        outputs = applied(LoRALinears, *rows_of(x, norm), self, *self.parameters())
+        return [output.view(*x.shape[:-1], -1) for output in outputs]
+
+    def one(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What a layer computes, where the model calls them one by one: all do when the first one is called."""
+        if x is not self.input or layer not in self.outputs:
+            if not self.fits(x.dtype):
+                return self.stock[layer](x)
+            self.input, self.outputs = x, dict(zip(self.stock, self(x), strict=True))
+        output = self.outputs.pop(layer)
+        if not self.outputs:
+            self.input = None
+        return output
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether this is what PEFT would compute: the adapters are not merged, and have the dtype of x."""
+        return not any(layer.merged or layer.lora_A["default"].weight.dtype != dtype for layer in self.adapted)
+
+    def parameters(self) -> list[torch.Tensor | None]:
+        """All Wᵢ, then all bᵢ, and unless the adapters are switched off all Aᵢ and Bᵢ."""
+        frozen = [base.weight for base in self.bases] + [base.bias for base in self.bases]
+        off = any(layer.disable_adapters for layer in self.adapted)
+        return frozen if off else frozen + [matrix.weight for matrix in (*self.a, *self.b)]
+
+    def divided(self, parameters: Sequence[torch.Tensor | None]) -> tuple[Sequence[torch.Tensor | None], ...]:
+        """All Wᵢ, bᵢ, Aᵢ and Bᵢ from what `parameters` gives."""
+        count, adapters = len(self.bases), parameters[2 * len(self.bases) :]
+        middle = len(adapters) // 2
+        return parameters[:count], parameters[count : 2 * count], adapters[:middle], adapters[middle:]
+
+    def adapters(self, narrow: torch.Tensor, b: Sequence[torch.Tensor], dropout: Dropout) -> Iterable[tuple]:
+        """Of each adapter its place among the layers, its part of x Aᵀ, Bᵢ and sᵢ, which makes up for the dropout."""
+        scalings = [layer.scaling["default"] / (1 - dropout.share) for layer in self.adapted]
+        return zip(self.places, torch.split_with_sizes(narrow, self.ranks, dim=1), b, scalings, strict=True)
+
+    def products(
+        self, rows: torch.Tensor, parameters: Sequence[torch.Tensor | None]
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None, Dropout]:
+        """The outputs (T, outᵢ) of x (T, in), x Aᵀ (T, sum of ranks) and the dropout."""
+        weights, biases, a, b = self.divided(parameters)
+        outputs = [frozen_linear(rows, *frozen) for frozen in zip(weights, self.states, biases, strict=True)]
+        if not a:
+            return outputs, None, Dropout()
+        dropout = Dropout.drawn(rows, self.adapted[0].lora_dropout["default"])
+        narrow = F.linear(dropout.of(rows), joined(a))
+        for place, part, b_i, s in self.adapters(narrow, b, dropout):
+            outputs[place].addmm_(part, b_i.T, alpha=s)
+        return outputs, narrow, dropout
+
+    def gradients(
+        self,
+        rows: torch.Tensor,
+        narrow: torch.Tensor | None,
+        dropout: Dropout,
+        parameters: Sequence[torch.Tensor | None],
+        grads: Sequence[torch.Tensor],
+        for_rows: bool = True,
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+        """From those of the outputs (T, outᵢ): the gradient of x (T, in), where it is asked for, and of the parameters."""
+        weights, biases, a, b = self.divided(parameters)
+        frozen, grad_rows, grad_a, grad_b = [None] * (len(weights) + len(biases)), None, [], []
+        if a:
+            adapters = [(grads[place], *adapter) for place, *adapter in self.adapters(narrow, b, dropout)]
+            grad_narrow = joined([(grad @ b_i).mul_(s) for grad, _, b_i, s in adapters], dim=1)  # (T, sum of ranks)
+            grad_a = torch.split_with_sizes(grad_narrow.T @ dropout.of(rows), self.ranks)
+            grad_b = [(grad.T @ part).mul_(s) for grad, part, _, s in adapters]
+        if for_rows:
+            grad_rows = dropout.of_(grad_narrow @ joined(a)) if a else torch.zeros_like(rows)
+            for grad, weight, state in zip(grads, weights, self.states, strict=True):
+                grad_rows.addmm_(grad, dequantised(weight, state))
+        return grad_rows, [*frozen, *grad_a, *grad_b]
+
+
+class NothingKept:
+    """The context of an autograd function where there is no gradient."""
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        pass
+
+
+def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """What an autograd function computes; without a gradient it is called as it is, which takes a part of the time."""
+    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(NothingKept(), *inputs)
+
+
+def rows_of(x: torch.Tensor, norm: nn.Module | None) -> tuple[torch.Tensor, torch.Tensor | None, nn.Module | None]:
+    """What layers read of x (…, in): (T, in), and from what it is made again where it is not kept.
+
+    What a norm gives is made again, for the norm itself keeps x.
+    """
+    return (x.flatten(0, -2), None, None) if norm is None else (norm(x).flatten(0, -2), x.detach(), norm)
+
+
+class LoRALinears(torch.autograd.Function):
+    """The outputs of a `LoRAGroup` from what `rows_of` gives."""
+
+    @staticmethod
+    def forward(ctx, rows, x, norm, group, *parameters):
+        outputs, narrow, dropout = group.products(rows, parameters)
+        ctx.norm, ctx.group, ctx.share = norm, group, dropout.share
+        ctx.save_for_backward(rows if norm is None else x, narrow, dropout.noise, *parameters)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, narrow, noise, *parameters = ctx.saved_tensors
+        kept = rows_of(x, ctx.norm)[0], narrow, Dropout(noise, ctx.share)
+        grad_rows, of_parameters = ctx.group.gradients(*kept, parameters, grads, ctx.needs_input_grad[0])
+        return grad_rows, None, None, None, *of_parameters
+
+
+class GatedMLP(torch.autograd.Function):
+    """down(silu(gate(x)) ∘ up(x)) by the groups (gate, up) and (down); their product is made again for the gradient."""
+
+    @staticmethod
+    def forward(ctx, rows, x, norm, first, last, count, *parameters):
+        (gate, up), narrow, dropout = first.products(rows, parameters[:count])
+        product = F.silu(gate).mul_(up)
+        (output,), last_narrow, last_dropout = last.products(product, parameters[count:])
+        ctx.norm, ctx.groups, ctx.count, ctx.shares = norm, (first, last), count, (dropout.share, last_dropout.share)
+        kept = (rows if norm is None else x, gate, up, narrow, dropout.noise, last_narrow, last_dropout.noise)
+        ctx.save_for_backward(*kept, *parameters)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, gate, up, narrow, noise, last_narrow, last_noise, *parameters = ctx.saved_tensors
+        (first, last), (dropout, last_dropout) = ctx.groups, map(Dropout, (noise, last_noise), ctx.shares)
+        of_first, of_last = parameters[: ctx.count], parameters[ctx.count :]
+        active = F.silu(gate)
+        grad_product, last_grads = last.gradients(active * up, last_narrow, last_dropout, of_last, [grad])
+        grads = torch.ops.aten.silu_backward(grad_product * up, gate), active.mul_(grad_product)
+        kept = rows_of(x, ctx.norm)[0], narrow, dropout
+        grad_rows, first_grads = first.gradients(*kept, of_first, grads, ctx.needs_input_grad[0])
+        return grad_rows, None, None, None, None, None, *first_grads, *last_grads
+
+
+class Rotation(torch.autograd.Function):
+    """Rotary positions of queries and keys (1, T, heads, head size) (arXiv 2104.09864, eq. 34; halves, not neighbours).
+
+    Args:
+        cos, sin: (1, T, 1, head size), the sines of the first half negative.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        half = cos.shape[-1] // 2
+        return tuple((x * cos).add_(x.roll(half, -1).mul_(sin)) for x in (query, key))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        cos, sin = ctx.saved_tensors
+        half = cos.shape[-1] // 2
+        return *((grad * cos).add_((grad * sin).roll(half, -1)) for grad in grads), None, None
+
+
+@functools.lru_cache(maxsize=2)  # the same for all layers; a policy's and its teacher's rows take turns
+def rotation_of(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `Rotation` takes, from the model's own (1, T, head size)."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos.unsqueeze(2), torch.cat((-first, second), dim=-1).unsqueeze(2)
+
+
+# Decoder layers of transformers that are h = x + attention(norm(x)) and h + down(silu(gate(norm(h))) ∘ up(norm(h))).
+USUAL_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+
+
+class UsualLayer:
+    """What such a layer computes of packed trees, in few and large steps: a GPU waits for the processor to start them."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer, self.stock, attention, mlp = layer, layer.forward, layer.self_attn, layer.mlp
+        self.qkv = LoRAGroup([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out, self.gate_up = LoRAGroup([attention.o_proj]), LoRAGroup([mlp.gate_proj, mlp.up_proj])
+        self.down = LoRAGroup([mlp.down_proj])
+        self.groups = (self.qkv, self.out, self.gate_up, self.down)
+        self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
+
+    def __call__(self, hidden: torch.Tensor, position_embeddings=None, trees: Sequence[Tree] = (), **kwargs):
+        if not trees or not all(group.fits(hidden.dtype) for group in self.groups):
+            return self.stock(hidden, position_embeddings=position_embeddings, trees=trees, **kwargs)
+        hidden = hidden + self.attended(hidden, position_embeddings, trees)
+        rows, first, last = rows_of(hidden, self.norms[1]), self.gate_up.parameters(), self.down.parameters()
+        output = applied(GatedMLP, *rows, self.gate_up, self.down, len(first), *first, *last)
+        return hidden + output.view_as(hidden)
+
+    def attended(
+        self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], trees: Sequence[Tree]
+    ) -> torch.Tensor:
+        """(1, T, H) from (1, T, H)."""
+        attention = self.layer.self_attn
+        shape = (*hidden.shape[:-1], -1, attention.head_dim)
+        query, key, value = (states.view(shape) for states in self.qkv(hidden, self.norms[0]))
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        query, key = applied(Rotation, query, key, *rotation_of(*position_embeddings))
+        states = (states.transpose(1, 2) for states in (query, key, value))
+        output, _ = tree_attention(attention, *states, None, attention.scaling, trees=trees)
+        return self.out(output.flatten(2))[0]
+
+
+# Classes of transformers whose forward is weight * (x / √(mean(x²) + ε)), computed in fp32.
+RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+
+
+def fuse_norms(model: PreTrainedModel) -> None:
+    """Lets norms be computed by PyTorch's own kernel: on a GPU one pass over memory for seven, and only x is kept."""
+
+    def forward(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+    for module in model.modules():
+        if type(module).__name__ in RMS_NORMS:
+            module.forward = functools.partial(forward, module)
+
+
+READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def adapts_linear(module: nn.Module) -> bool:
+    """Whether a module is the LoRA layer of a linear one, dense or in 4 bits."""
+    if not isinstance(module, LoraLayer):
+        return False
+    is_dense = isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear
+    return is_dense or quant_state(module.base_layer) is not None
+
+
+def is_frozen_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, dense or in 4 bits, that is not trained."""
+    return (type(module) is nn.Linear or quant_state(module) is not None) and not module.weight.requires_grad
+
+
+def is_usual(layer: nn.Module) -> bool:
+    """Whether `UsualLayer` computes what a module does."""
+    if type(layer).__name__ not in USUAL_LAYERS or layer.self_attn.config.hidden_act != "silu":
+        return False
+    linear = [
+        module for part in (layer.self_attn, layer.mlp) for name, module in part.named_children() if "proj" in name
+    ]
+    return all(adapts_linear(module) or is_frozen_linear(module) for module in linear)
+
+
+def speed_up(policy: PeftModel) -> None:
+    """Lets LoRA layers of frozen linear ones, and usual decoder layers, be computed as above; others stay as they are."""
+    for parent in policy.modules():
+        layers = {name: child for name, child in parent.named_children() if adapts_linear(child)}
+        for names in (*READ_TOGETHER, *((name,) for name in layers)):
+            group = LoRAGroup([layers.pop(name) for name in names if name in layers])
+            for layer in group.stock:
+                layer.forward = functools.partial(group.one, layer)
+        if is_usual(parent):
+            parent.forward = UsualLayer(parent)
+    switch_at_once(policy)
+
+
+def switch_at_once(policy: PeftModel) -> None:
+    """Lets `train` and `eval`, which every update calls, go through a list: PyTorch's walk takes as long as a layer."""
+    modules = list(policy.modules())
+    if any(type(module).train not in (nn.Module.train, PreTrainedModel.train) for module in modules):
+        return  # it does more than to set the mode
+
+    def train(mode: bool = True) -> PeftModel:
+        for module in modules:
+            module.__dict__["training"] = mode
+        return policy
+
+    policy.train = train
+
+
+# ======================================================================================================================
+# 14 · Loss — pure functions of log-probabilities.
 # ======================================================================================================================
 
 
@@ -4216,7 +4224,7 @@ def ptuning_loss(
 
 
 # ======================================================================================================================
-# 14 · Logging — sums metrics on the device, reduces them over the ranks once per logging step, writes the tags.
+# 15 · Logging — sums metrics on the device, reduces them over the ranks once per logging step, writes the tags.
 # ======================================================================================================================
 
 
@@ -4435,7 +4443,7 @@ class LossProgressCallback(ProgressCallback):
 
 
 # ======================================================================================================================
-# 15 · Trainer — thin overrides of transformers.Trainer; holds no maths.
+# 16 · Trainer — thin overrides of transformers.Trainer; holds no maths.
 # ======================================================================================================================
 
 NEVER = 2**31  # "every so many updates" that never come
@@ -4815,7 +4823,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
 
 
 # ======================================================================================================================
-# 16 · Around the updates — memory probe, reference pass, self-checks around the first update, sample answers.
+# 17 · Around the updates — memory probe, reference pass, self-checks around the first update, sample answers.
 # ======================================================================================================================
 
 COMPARED_PAIRS = 2  # with the model's own forward passes
@@ -5385,7 +5393,7 @@ class RunCallback(TrainerCallback):
 
 
 # ======================================================================================================================
-# 17 · Evaluation — what a saved adapter is worth on a data set: shares with their intervals, beside what length gives.
+# 18 · Evaluation — what a saved adapter is worth on a data set: shares with their intervals, beside what length gives.
 # ======================================================================================================================
 
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
@@ -5548,7 +5556,7 @@ def evaluation_table(results: Mapping[str, Any]) -> str:
 
 
 # ======================================================================================================================
-# 18 · Saving — adapter, merged weights, soft prompt, model card; what was written is opened again and compared.
+# 19 · Saving — adapter, merged weights, soft prompt, model card; what was written is opened again and compared.
 # ======================================================================================================================
 
 
@@ -5949,7 +5957,7 @@ From the folder of the trainer:
 
 
 # ======================================================================================================================
-# 19 · Devices — which, on which machines; several nodes are asked for what they lack. Knows no data.
+# 20 · Devices — which, on which machines; several nodes are asked for what they lack. Knows no data.
 # ======================================================================================================================
 
 
@@ -6456,7 +6464,7 @@ def meeting_point(args: ScriptArguments, devices: Devices) -> Devices:
 
 
 # ======================================================================================================================
-# 20 · Plan — output folder, everything that can be checked before anything is loaded; what will be done.
+# 21 · Plan — output folder, everything that can be checked before anything is loaded; what will be done.
 # ======================================================================================================================
 
 
@@ -7321,7 +7329,7 @@ def unused_path(folder: Path, name: str) -> Path:
 
 
 # ======================================================================================================================
-# 21 · Sweep — one run for each combination of listed values: which there are, what became of them, how they compare.
+# 22 · Sweep — one run for each combination of listed values: which there are, what became of them, how they compare.
 # ======================================================================================================================
 
 MAX_SWEEP_RUNS, MAX_RUN_NAME = 1000, 200
@@ -7624,7 +7632,7 @@ def show_results(runs: Sequence[SweepRun], failed: Mapping[str, str], pairs: int
 
 
 # ======================================================================================================================
-# 22 · Main — parse, check, build, train, save; or evaluate.
+# 23 · Main — parse, check, build, train, save; or evaluate.
 # ======================================================================================================================
 
 

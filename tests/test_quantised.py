@@ -10,7 +10,8 @@ import torch
 import transformers
 from conftest import history, make_model, output_of, series, train, two_ranks
 from peft import PeftModel
-from test_forward import CLOSE, compare_with_peft, pack
+from test_forward import CLOSE, pack
+from test_layers import compare_with_peft
 from test_plan import CPU, GPUS, plan
 from test_trainer import adapter, finished
 from torch import nn
