@@ -4000,6 +4000,14 @@ class UsualLayer:
     def __call__(self, hidden: torch.Tensor, position_embeddings=None, trees: Sequence[Tree] = (), **kwargs):
         if not trees or not all(group.fits(hidden.dtype) for group in self.groups):
             return self.stock(hidden, position_embeddings=position_embeddings, trees=trees, **kwargs)
+        if self.layer.gradient_checkpointing and self.layer.training:  # which is done in the forward that this replaces
+            return self.layer._gradient_checkpointing_func(self.computed, hidden, position_embeddings, trees)
+        return self.computed(hidden, position_embeddings, trees)
+
+    def computed(
+        self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], trees: Sequence[Tree]
+    ) -> torch.Tensor:
+        """(1, T, H) from (1, T, H)."""
         hidden = hidden + self.attended(hidden, position_embeddings, trees)
         rows, first, last = rows_of(hidden, self.norms[1]), self.gate_up.parameters(), self.down.parameters()
         output = applied(GatedMLP, *rows, self.gate_up, self.down, len(first), *first, *last)
@@ -4008,7 +4016,7 @@ class UsualLayer:
     def attended(
         self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], trees: Sequence[Tree]
     ) -> torch.Tensor:
-        """(1, T, H) from (1, T, H)."""
+        """What attention adds, (1, T, H)."""
         attention = self.layer.self_attn
         shape = (*hidden.shape[:-1], -1, attention.head_dim)
         query, key, value = (states.view(shape) for states in self.qkv(hidden, self.norms[0]))

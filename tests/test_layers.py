@@ -139,6 +139,28 @@ def test_checkpointed_layers_drop_the_same_entries(model, tokenized):
     assert all(map(torch.equal, *found)) and max(gradient.abs().max() for gradient in found[0]) > 0.1
 
 
+def test_checkpointed_layers_keep_their_input_alone(tokenizer, tokenized):
+    """As transformers' own forward does, in whose place a usual layer's stands."""
+    row, kept = pack(tokenized), []
+    for checkpointed in (False, True):
+        model = model_of("Llama", len(tokenizer))
+        policy = lora_policy(model).train()
+        T.speed_up(policy)
+        if checkpointed:
+            policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        storages = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: storages.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
+        ):
+            hidden = model.model(
+                input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, trees=row.trees
+            ).last_hidden_state
+        frozen = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
+        kept.append(sum(tensor.untyped_storage().nbytes() for place, tensor in storages.items() if place not in frozen))
+        assert kept[-1] >= hidden.nbytes
+    assert kept[1] < kept[0] / 5
+
+
 def mask_as_on_a_gpu(x, stock):
     return T.Dropout(
         torch.empty(x.numel() // x.shape[-1], x.shape[-1], dtype=torch.bool).bernoulli_(1 - stock.p), stock.p
