@@ -99,7 +99,8 @@ def test_what_a_layer_keeps_is_what_a_forward_keeps(dtype, size, dropout, fused)
 
 
 # Peak GiB of runs with the bundled model, fp32, on a CPU (README, Guide), and the pairs of their largest forward.
-LIBRARIES = 0.8 * sizes.GIB  # what a process takes before there is a model
+LIBRARIES = 0.65 * sizes.GIB  # what a process takes beside the model
+HOLES = 1.15  # what the heap holds for activations, in terms of those that there are at the same time
 ANSWERS = ((56, 191, 244), (56, 117, 244), (128, 85, 100), (65, 16, 11))
 EIGHT = ((56, 191, 244),) * 2 + (
     (56, 191, 181),
@@ -110,18 +111,19 @@ EIGHT = ((56, 191, 244),) * 2 + (
     (65, 16, 11),
 )
 RUNS = {
-    "as shipped": (2.92, {"measured": ANSWERS}),
-    "PAIRS_PER_FORWARD=1": (2.03, {"measured": ((56, 244, 244),)}),
-    "PAIRS_PER_FORWARD=8": (4.78, {"measured": EIGHT}),
-    "GRADIENT_CHECKPOINTING=true": (1.83, {"measured": ANSWERS, "checkpointing": True}),
+    "as shipped": (2.97, {"measured": ANSWERS}),
+    "PAIRS_PER_FORWARD=1": (1.93, {"measured": ((56, 244, 244),)}),
+    "PAIRS_PER_FORWARD=8": (4.81, {"measured": EIGHT}),
+    "GRADIENT_CHECKPOINTING=true": (1.82, {"measured": ANSWERS, "checkpointing": True}),
 }
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_the_whole_is_what_a_run_was_measured_to_take(run):
     measured, settings = RUNS[run]
-    needed = sum(sizes.memory(SMOLLM2, sizes.Work(**settings), "fp32", 2, 1, "cpu").values()) + LIBRARIES
-    assert needed / sizes.GIB == pytest.approx(measured, rel=0.12)
+    parts = sizes.memory(SMOLLM2, sizes.Work(**settings), "fp32", 2, 1, "cpu")
+    needed = sum(parts.values()) + (HOLES - 1) * parts["activations"] + LIBRARIES
+    assert needed / sizes.GIB == pytest.approx(measured, rel=0.1)
 
 
 # Passes of a guided update measured on an H100 with random weights of Qwen2.5-1.5B's sizes in bf16 and dropout, 30 tokens
@@ -155,7 +157,7 @@ def test_a_gpus_memory_and_time_are_as_measured(name):
     )
 
 
-@pytest.mark.parametrize(("settings", "measured"), [({"checkpointing": True}, 0.80), ({"guided": False}, 1.50)])
+@pytest.mark.parametrize(("settings", "measured"), [({"checkpointing": True}, 0.75), ({"guided": False}, 1.36)])
 def test_speed_changes_with_the_arithmetic(settings, measured):
     """The README's factors: GRADIENT_CHECKPOINTING=true and ALPHA=0."""
     ratio = sizes.flops_per_pair(SMOLLM2, sizes.Work()) / sizes.flops_per_pair(SMOLLM2, sizes.Work(**settings))
