@@ -2240,15 +2240,16 @@ class PairTokenizer:
         start = before[: max(len(before.rstrip(" ")), len(os.path.commonprefix([prompt, before])))]
         prompt_ids, start_ids = self._ids(prompt), self._ids(start)
         same = len(os.path.commonprefix([prompt_ids, start_ids]))
-        ends, opens = (self.tokenizer.decode(ids[same:]) for ids in (prompt_ids, start_ids))
-        if ends or opens:
+        surplus, opening_ids = len(prompt_ids) - same, start_ids[same:]
+        if surplus or opening_ids:
+            ends, opens = (self.tokenizer.decode(ids[same:]) for ids in (prompt_ids, start_ids))
             self.notices.append(
                 f"the chat template begins a finished answer with {opens!r} where its generation prompt ends with "
                 f"{ends!r}: so do the prompts here, but before answers that bring their own {THOUGHT}"
             )
         shared = self.tokenizer.decode(start_ids[:same])
         thought = THOUGHT + shared.rpartition(THOUGHT)[2] if shared.rstrip().endswith(THOUGHT) else ""
-        return Turn(end_id, before[len(start) :], len(prompt_ids) - same, start_ids[same:], thought)
+        return Turn(end_id, before[len(start) :], surplus, opening_ids, thought)
 
 
 def transcript(messages: Messages) -> str:
@@ -3903,29 +3904,30 @@ def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(NothingKept(), *inputs)
 
 
-def rows_of(x: torch.Tensor, norm: nn.Module | None) -> tuple[torch.Tensor, torch.Tensor | None, nn.Module | None]:
-    """What layers read of x (…, in): (T, in), and from what it is made again where it is not kept.
+def rows_of(x: torch.Tensor, norm: nn.Module | None) -> tuple[torch.Tensor, torch.Tensor, nn.Module | None]:
+    """What layers read of x (…, in): (T, in); what is kept of it for the backward pass; and the norm.
 
-    What a norm gives is made again, for the norm itself keeps x.
+    What a norm gives is not kept but made again, by this function once more, from x, which the norm itself keeps.
     """
-    return (x.flatten(0, -2), None, None) if norm is None else (norm(x).flatten(0, -2), x.detach(), norm)
+    rows = x.flatten(0, -2) if norm is None else norm(x).flatten(0, -2)
+    return rows, rows if norm is None else x.detach(), norm
 
 
 class LoRALinears(torch.autograd.Function):
     """The outputs of a `LoRAGroup` from what `rows_of` gives."""
 
     @staticmethod
-    def forward(ctx, rows, x, norm, group, *parameters):
+    def forward(ctx, rows, kept, norm, group, *parameters):
         outputs, narrow, dropout = group.products(rows, parameters)
         ctx.norm, ctx.group, ctx.share = norm, group, dropout.share
-        ctx.save_for_backward(rows if norm is None else x, narrow, dropout.noise, *parameters)
+        ctx.save_for_backward(kept, narrow, dropout.noise, *parameters)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *grads):
-        x, narrow, noise, *parameters = ctx.saved_tensors
-        kept = rows_of(x, ctx.norm)[0], narrow, Dropout(noise, ctx.share)
-        grad_rows, of_parameters = ctx.group.gradients(*kept, parameters, grads, ctx.needs_input_grad[0])
+        kept, narrow, noise, *parameters = ctx.saved_tensors
+        inputs = rows_of(kept, ctx.norm)[0], narrow, Dropout(noise, ctx.share)
+        grad_rows, of_parameters = ctx.group.gradients(*inputs, parameters, grads, ctx.needs_input_grad[0])
         return grad_rows, None, None, None, *of_parameters
 
 
@@ -3933,25 +3935,24 @@ class GatedMLP(torch.autograd.Function):
     """down(silu(gate(x)) ∘ up(x)) by the groups (gate, up) and (down); their product is made again for the gradient."""
 
     @staticmethod
-    def forward(ctx, rows, x, norm, first, last, count, *parameters):
+    def forward(ctx, rows, kept, norm, first, last, count, *parameters):
         (gate, up), narrow, dropout = first.products(rows, parameters[:count])
         product = F.silu(gate).mul_(up)
         (output,), last_narrow, last_dropout = last.products(product, parameters[count:])
         ctx.norm, ctx.groups, ctx.count, ctx.shares = norm, (first, last), count, (dropout.share, last_dropout.share)
-        kept = (rows if norm is None else x, gate, up, narrow, dropout.noise, last_narrow, last_dropout.noise)
-        ctx.save_for_backward(*kept, *parameters)
+        ctx.save_for_backward(kept, gate, up, narrow, dropout.noise, last_narrow, last_dropout.noise, *parameters)
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        x, gate, up, narrow, noise, last_narrow, last_noise, *parameters = ctx.saved_tensors
+        kept, gate, up, narrow, noise, last_narrow, last_noise, *parameters = ctx.saved_tensors
         (first, last), (dropout, last_dropout) = ctx.groups, map(Dropout, (noise, last_noise), ctx.shares)
         of_first, of_last = parameters[: ctx.count], parameters[ctx.count :]
         active = F.silu(gate)
         grad_product, last_grads = last.gradients(active * up, last_narrow, last_dropout, of_last, [grad])
         grads = torch.ops.aten.silu_backward(grad_product * up, gate), active.mul_(grad_product)
-        kept = rows_of(x, ctx.norm)[0], narrow, dropout
-        grad_rows, first_grads = first.gradients(*kept, of_first, grads, ctx.needs_input_grad[0])
+        inputs = rows_of(kept, ctx.norm)[0], narrow, dropout
+        grad_rows, first_grads = first.gradients(*inputs, of_first, grads, ctx.needs_input_grad[0])
         return grad_rows, None, None, None, None, None, *first_grads, *last_grads
 
 

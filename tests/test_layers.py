@@ -59,9 +59,12 @@ def test_lora_layers_compute_what_pefts_do(model, tokenized, training, adapter_o
     compare_with_peft(policy, tokenized, adapter_on, speed_up)
     layers = model.model.layers
     assert all(isinstance(vars(layer)["forward"], T.UsualLayer) for layer in layers)
-    for layer in layers:
-        del layer.forward
-    compare_with_peft(policy, tokenized, adapter_on, lambda: None)  # by what is left: groups that the model calls
+
+    def leave_groups():
+        for layer in layers:
+            del layer.forward
+
+    compare_with_peft(policy, tokenized, adapter_on, leave_groups)  # whose layers the model calls one by one
 
 
 FAMILIES = {"Llama": {}, "Mistral": {}, "Qwen2": {}, "Qwen3": {"head_dim": 16}}
@@ -139,6 +142,22 @@ def test_checkpointed_layers_drop_the_same_entries(model, tokenized):
     assert all(map(torch.equal, *found)) and max(gradient.abs().max() for gradient in found[0]) > 0.1
 
 
+def kept_by(policy, forward):
+    """What a forward gives, and the bytes of the tensors that it keeps for its backward pass.
+
+    Each storage counts once, and parameters do not.
+    """
+    parameters, storages = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}, {}
+
+    def count(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        found = forward()
+    return found, sum(t.untyped_storage().nbytes() for place, t in storages.items() if place not in parameters)
+
+
 def test_checkpointed_layers_keep_their_input_alone(tokenizer, tokenized):
     """As transformers' own forward does, in whose place a usual layer's stands."""
     row, kept = pack(tokenized), []
@@ -148,16 +167,10 @@ def test_checkpointed_layers_keep_their_input_alone(tokenizer, tokenized):
         T.speed_up(policy)
         if checkpointed:
             policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        storages = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: storages.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
-        ):
-            hidden = model.model(
-                input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, trees=row.trees
-            ).last_hidden_state
-        frozen = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
-        kept.append(sum(tensor.untyped_storage().nbytes() for place, tensor in storages.items() if place not in frozen))
-        assert kept[-1] >= hidden.nbytes
+        inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "trees": row.trees}
+        hidden, size = kept_by(policy, lambda model=model, inputs=inputs: model.model(**inputs, use_cache=False))
+        kept.append(size)
+        assert kept[-1] >= hidden.last_hidden_state.nbytes
     assert kept[1] < kept[0] / 5
 
 

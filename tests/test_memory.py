@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import PREFERENCE, history, make_model, output_of, series, train, two_ranks
 from test_around import sabotaged
+from test_layers import kept_by
 from test_trainer import EXACT, adapter, assert_bit_equal, finished
 
 import train_with_preference_prompt as T
@@ -247,18 +248,12 @@ def test_what_is_named_first_saves_most(tokenizer, tokenized):
 
     def kept(**settings):
         args, policy, dataset = policy_and_batch(tokenizer, tokenized, **settings)
-        weights, storages = {p.untyped_storage().data_ptr() for p in policy.parameters()}, {}
-
-        def keep(tensor):
-            if tensor.untyped_storage().data_ptr() not in weights:
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-            return tensor
-
+        T.speed_up(policy)  # as in a run
         row = T.first_batch(dataset, 4)["base"]
-        with T.as_in_training(args, policy, 0), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logps = T.policy_logps(policy, row)
+        with T.as_in_training(args, policy, 0):
+            logps, size = kept_by(policy, lambda: T.policy_logps(policy, row))
         assert logps.requires_grad
-        return sum(storage.nbytes() for storage in storages.values())
+        return size
 
     changes = ({"gradient_checkpointing": True}, {"lora_target_modules": "q_proj,v_proj"}, {"lora_dropout": 0.0})
     sizes = [kept(**change) for change in (*changes, {"lora_r": 15}, {})]

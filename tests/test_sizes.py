@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from conftest import PROJECT
+from test_layers import kept_by
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train_with_preference_prompt as T
@@ -62,35 +63,17 @@ def test_the_adapters_parameters_are_pefts():
         assert sum(state.values()) == T.engine_bytes(policy, zero)
 
 
-def kept(policy) -> int:
-    """Bytes of the tensors that a forward keeps for its backward pass, each storage once; parameters do not count."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
-    storages, alive = {}, []
-
-    def count(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    row = T.pack_row([tuple(list(range(length)) for length in pair) for pair in PAIRS])
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        T.policy_logps(policy, row)
-    return sum(storages.values())
-
-
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dropout", [0.1, 0.0])
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_what_a_layer_keeps_is_what_a_forward_keeps(dtype, size, dropout, fused):
     """Two layers more keep so much more; what the head and the embeddings keep is the same in both."""
-    held = []
+    held, row = [], T.pack_row([tuple(list(range(length)) for length in pair) for pair in PAIRS])
     for layers in (1, 3):
         policy = policy_of(sizes.replace(SMALL, layers=layers), RANK, dropout, fused, dtype=dtype)
         for parameter in policy.parameters():
             parameter.data = parameter.data.to(dtype)  # as the engine holds the adapter
-        held.append(kept(policy))
+        held.append(kept_by(policy, lambda policy=policy: T.policy_logps(policy, row))[1])
     measured = (held[1] - held[0]) / 2
     expected = sizes.kept_by_a_layer(SMALL, PAIRS, RANK, dropout > 0, size, fused, "cpu")
     assert expected == pytest.approx(measured, rel=0.01)

@@ -52,14 +52,6 @@ SHAPES = {
         vocab_size=151936,
         rope_theta=1e6,
     ),
-    "thin": dict(  # as deep as that of 1.5B, so narrow that an update's time is what its steps cost besides arithmetic
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=28,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=2048,
-    ),
     "tiny": dict(
         hidden_size=64,
         intermediate_size=128,
@@ -69,6 +61,8 @@ SHAPES = {
         vocab_size=2048,
     ),
 }
+# So narrow that an update's time is what its steps cost beside arithmetic.
+SHAPES["thin"] = SHAPES["tiny"] | {"num_hidden_layers": SHAPES["qwen2.5-1.5b"]["num_hidden_layers"]}
 
 
 # --- work: model, pairs
