@@ -6567,13 +6567,13 @@ def require_same_settings(args: ScriptArguments, current: Mapping[str, Any]) -> 
     return recorded
 
 
-def folder_problems(name: str, folder: Path, value: str) -> list[str]:
+def folder_problems(name: str, folder: Path, value: str, remedy: str = "name another folder") -> list[str]:
     """Why a folder cannot be made or written to, or must not be."""
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
     if not nearest.is_dir():
-        return [f"{describe(name, value)}: {nearest} is a file; name another folder"]
+        return [f"{describe(name, value)}: {nearest} is a file; {remedy}"]
     if not os.access(nearest, os.W_OK | os.X_OK):
-        return [f"{describe(name, value)}: {nearest} is not writable; name another folder"]
+        return [f"{describe(name, value)}: {nearest} is not writable; {remedy}"]
     return []
 
 
@@ -6958,8 +6958,9 @@ def check_inputs(
         *(of_evaluation if args.evaluate_only else of_training),
     ):
         problems += check(concerns, function, argument) or []
-    if not args.policy_model_path and not (BUNDLED_MODEL_DIR / "config.json").exists():  # it is converted into it
-        problems += folder_problems("policy_model_path", BUNDLED_MODEL_DIR, "")
+    if not args.policy_model_path and not (BUNDLED_MODEL_DIR / "config.json").exists():
+        remedy = "the bundled model is converted into it: make room for it there, or name a model"
+        problems += folder_problems("policy_model_path", BUNDLED_MODEL_DIR, "", remedy)
     config, tokenizer = check({"policy_model_path"}, local_model, args.policy_model_path) or (None, None)
     lora = {"lora_dropout", "adapter_path"} if args.adapter_path else {"lora_dropout", *LORA_SHAPE}
     if args.trains_prefix or (args.evaluate_only and not args.adapter_path):

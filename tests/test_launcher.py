@@ -71,7 +71,9 @@ def test_values_reach_python_unchanged(dry):
 
 
 def test_the_command_is_deepspeeds(dry):
-    assert any(word.endswith("/deepspeed") for word in dry["words"])
+    """Run by the Python itself: the script's first line names another one once its environment was moved."""
+    script = next(place for place, word in enumerate(dry["words"]) if word.endswith("/deepspeed"))
+    assert os.path.samefile(dry["words"][script - 1], sys.executable)
     assert "--include=localhost:0" in dry["words"]
     assert any(re.fullmatch(r"--master_port=\d+", word) for word in dry["words"])
     assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in dry["words"]
@@ -156,6 +158,15 @@ def test_without_a_compiler_the_cpu_path_says_so(tiny_run, tmp_path):
 def test_the_launchers_own_words(tmp_path, variables, flags, phrase):
     result = launch(variables, *flags, cwd=tmp_path)
     assert result.returncode == 2 and phrase in result.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_of_another_encoding_gets_every_message(tmp_path):
+    """What it cannot show is written as an escape."""
+    command = [sys.executable, str(forkserver.PROGRAM), "--training_mode=höflich"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=60)
+    assert result.returncode == 2 and result.stdout == b""
+    assert rb"TRAINING_MODE (--training_mode) is 'h\xf6flich': there is no such mode" in result.stderr
 
 
 ALLOCATOR = [  # PyTorch reads the older name first

@@ -345,6 +345,17 @@ def test_deepspeed_sees_no_secret_that_it_would_show(tools, tiny_run, tmp_path):
     assert "-u MLFLOW_RUN_ID" not in command
 
 
+def test_an_env_of_before_2019_is_not_asked_to_undo_nohup(tools, tiny_run, tmp_path):
+    """Ubuntu 20.04's has no such option, and would start nothing."""
+    tools("env", f'[[ "$1" == --default-signal* ]] && exit 125; exec {shutil.which("env")} "$@"')
+    tools("ssh", "exec ${@: -1}")
+    tools("pdsh", "echo 'rcmd modules: ssh,rsh,exec (default: rsh)'")
+    variables = {"GPU_NODES": "node1:0,node2:0", "DRY_RUN": "1", "SSH_CONNECTION": "127.0.0.1 1 127.0.0.3 22"}
+    result = launch({**tiny_run, **variables}, cwd=tmp_path)
+    assert result.returncode == 0 and "command:\n  env --chdir=" in result.stderr
+    assert "--default-signal" not in result.stderr
+
+
 def test_the_first_node_must_be_this_machine(tools, monkeypatch):
     tools("ssh", "exec ${@: -1}")
     tools("pdsh", "echo 'rcmd modules: ssh,rsh,exec (default: rsh)'")

@@ -616,6 +616,18 @@ def test_all_problems_of_files_and_devices_are_reported_together(ready, tmp_path
     assert snapshot(tmp_path) == before
 
 
+def test_where_the_bundled_model_is_converted_to_is_looked_at_before(ready, tmp_path, monkeypatch):
+    (tmp_path / "models").write_text("a file in the way")
+    monkeypatch.setattr(T, "BUNDLED_MODEL_DIR", tmp_path / "models" / "Small")
+    monkeypatch.setattr(T, "bundled_gguf", lambda: tmp_path / "model.gguf")
+    with pytest.raises(T.InputError) as caught:
+        T.check_inputs(T.ScriptArguments(**{**ready, "policy_model_path": ""}))
+    assert caught.value.problems == [
+        f"POLICY_MODEL_PATH (--policy_model_path) is '': {tmp_path / 'models'} is a file; the bundled model is "
+        "converted into it: make room for it there, or name a model"
+    ]
+
+
 @pytest.mark.parametrize("local", [True, False])
 def test_a_soft_prompt_that_only_the_models_size_tells_apart_can_be_planned_with(ready, tiny_run, tmp_path, local):
     """Two tensors without a known name: the model's 32 decides; a model of the hub is not asked before it is there."""
