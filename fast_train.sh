@@ -200,6 +200,8 @@ check_compiler() {
   local folder="${TORCH_EXTENSIONS_DIR:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/torch_extensions}"
   [[ -z "$(find "$folder" -path '*deepspeed_shm_comm/*.so' -print -quit 2>/dev/null)" ]] || return 0
   command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler (${CXX:-c++}) was found; DeepSpeed needs one on a CPU: install g++, or name yours in CXX"
+  "$PYTHON" -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null ||
+    fail "$PYTHON has no Python.h, with which DeepSpeed compiles on a CPU: install your system's package python3-dev"
   "$DRY_RUN" || say "DeepSpeed compiles its CPU communication library at this first start (once, about 90 s)"
 }
 

@@ -6012,6 +6012,9 @@ class Devices:
         return max(1, CORES // self.ranks_per_node)
 
 
+NVIDIA_DRIVER = Path("/dev/nvidiactl")
+
+
 def available_gpus() -> list[int]:
     """Numbers of the GPUs this process may use, as the machine counts them.
 
@@ -6026,6 +6029,18 @@ def available_gpus() -> list[int]:
     if not all(number.strip().isdecimal() for number in visible.split(",")):
         raise InputError(f"CUDA_VISIBLE_DEVICES is {visible!r}: DeepSpeed needs GPU numbers in it, such as 0,1")
     return [int(number) for number in visible.split(",")]
+
+
+def unusable_gpu() -> str:
+    """Why PyTorch cannot use a GPU that NVIDIA's driver serves here; empty where it can, or none is to be used."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+    if hidden or torch.cuda.is_available() or not NVIDIA_DRIVER.exists():
+        return ""
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return f"PyTorch {torch.__version__} cannot use the GPU of this machine ({brief(error)})"
+    return ""
 
 
 HOST_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -6143,7 +6158,9 @@ def resolve_devices(
     if names_nodes(gpu_nodes, hostfile):
         return devices_of_nodes(gpu_nodes, hostfile, node_rank or "0", gpus)
     where = describe("gpu_nodes", gpu_nodes)
-    here = f"GPUs here: {', '.join(map(str, gpus))}" if gpus else "this machine has no GPU; auto trains on its CPU"
+    here = f"GPUs here: {', '.join(map(str, gpus))}"
+    if not gpus:
+        here = f"{unusable_gpu() or 'this machine has no GPU'}; auto trains on its CPU"
     if gpu_nodes == "auto":
         chosen = list(gpus)
     else:
@@ -7039,6 +7056,8 @@ PAIRS_FOR_A_GPU = 16  # in a forward; with 4 an H100 waited for the processor, w
 def plan_notices(args: ScriptArguments, devices: Devices, reports: Mapping[str, DataReport], updates: int) -> list[str]:
     """What a person may want to change before the run starts."""
     notices = range_notices(args)
+    if not devices.on_gpu and (why := unusable_gpu()):
+        notices.append(f"{why}: the run trains on the CPU")
     if args.precision == "auto" and devices.on_gpu and not has_bf16(devices.on_gpu):
         notices.append(
             "PRECISION auto is fp32, as this GPU has no bf16: fp16 is faster and takes half the memory, for models whose "

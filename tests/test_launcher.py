@@ -146,6 +146,19 @@ def test_without_a_compiler_the_cpu_path_says_so(tiny_run, tmp_path):
     assert result.returncode == 2 and "no C++ compiler (no-such-compiler) was found" in result.stderr
 
 
+def test_without_pythons_headers_the_cpu_path_says_so(tiny_run, tmp_path_factory, tmp_path):
+    """They are a package of their own in Debian and others."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(
+        "import sysconfig\nreal = sysconfig.get_path\n"
+        "sysconfig.get_path = lambda name, *more: '/nowhere' if name == 'include' else real(name, *more)\n"
+    )
+    variables = {**tiny_run, "PYTHONPATH": str(site), "TORCH_EXTENSIONS_DIR": str(tmp_path_factory.mktemp("none"))}
+    result = launch(variables, cwd=tmp_path)
+    assert result.returncode == 2 and "has no Python.h, with which DeepSpeed compiles" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("variables", "flags", "phrase"),
     [

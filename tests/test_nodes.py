@@ -569,12 +569,13 @@ def test_two_nodes_over_ssh_train_as_one_process_does(nodes, tiny_run, tmp_path)
     assert ranks_of(cwd) == [] and [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp.")] == []
 
 
-# Becomes a command that does not ignore SIGINT, as all that a shell has started in the background do, or, as under nohup,
-# one that ignores SIGHUP.
-HEEDS_SIGINT = (
-    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+# Becomes a command that heeds SIGINT, which all that a shell has started in the background ignores, and either SIGHUP,
+# too, or, as under nohup, ignores that.
+BECOME = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); signal.signal(signal.SIGHUP, signal.{}); "
+    "os.execvp(sys.argv[1], sys.argv[1:])"
 )
-NOHUP = HEEDS_SIGINT.replace("SIGINT, signal.SIG_DFL", "SIGHUP, signal.SIG_IGN")
+HEEDS, NOHUP = BECOME.format("SIG_DFL"), BECOME.format("SIG_IGN")
 
 
 @pytest.fixture
@@ -582,7 +583,7 @@ def begun(nodes, tiny_run, tmp_path, request):
     """The launcher of a long run over ssh that has written its first checkpoint."""
     values = {**os.environ, **tiny_run, **nodes, "NUM_EPOCHS": "3000", "EVAL_STEPS": "1"}
     with (tmp_path / "err").open("w") as err:
-        becomes = getattr(request, "param", HEEDS_SIGINT)
+        becomes = getattr(request, "param", HEEDS)
         command = [sys.executable, "-c", becomes, "bash", str(PROJECT / "fast_train.sh")]
         launcher = subprocess.Popen(command, cwd=tmp_path, env=values, stdout=err, stderr=err)
     try:
@@ -610,9 +611,9 @@ def wait_until_none_is_left(cwd: Path) -> None:
 @pytest.mark.parametrize(
     ("begun", "sent", "status"),
     [
-        (HEEDS_SIGINT, signal.SIGTERM, 143),
-        (HEEDS_SIGINT, signal.SIGINT, 130),
-        (HEEDS_SIGINT, signal.SIGHUP, 129),
+        (HEEDS, signal.SIGTERM, 143),
+        (HEEDS, signal.SIGINT, 130),
+        (HEEDS, signal.SIGHUP, 129),
         (NOHUP, signal.SIGTERM, 143),
     ],
     ids=["SIGTERM", "SIGINT", "SIGHUP", "SIGTERM under nohup"],

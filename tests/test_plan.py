@@ -96,6 +96,34 @@ def test_available_gpus_are_numbered_as_the_machine_counts_them(monkeypatch, vis
     assert T.available_gpus() == expected
 
 
+@pytest.fixture
+def old_driver(monkeypatch, tmp_path):
+    """A machine with a GPU whose driver is older than PyTorch's CUDA."""
+
+    def refuse():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it")
+
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(T, "NVIDIA_DRIVER", tmp_path / "nvidiactl")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return (
+        f"PyTorch {torch.__version__} cannot use the GPU of this machine (The NVIDIA driver on your system is too old "
+    )
+
+
+def test_a_gpu_that_cannot_be_used_is_not_passed_over(old_driver, ready, monkeypatch, tmp_path):
+    with pytest.raises(T.InputError) as caught:
+        T.resolve_devices("localhost:0", 1, [])
+    assert f"there is no GPU 0; {old_driver}" in str(caught.value) and "auto trains on its CPU" in str(caught.value)
+    args = T.ScriptArguments(**ready)
+    devices, _, reports = T.check_inputs(args)
+    assert f"{old_driver}(found version 11040). Please update it): the run" in T.describe_plan(args, devices, reports)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user wants the CPU
+    assert "cannot use the GPU" not in T.describe_plan(args, devices, reports)
+
+
 @pytest.mark.parametrize(("cores", "ranks", "threads"), [(8, 1, 8), (8, 2, 4), (8, 3, 2), (2, 3, 1)])
 def test_cpu_ranks_share_the_cores(monkeypatch, cores, ranks, threads):
     monkeypatch.setattr(T, "CORES", cores)

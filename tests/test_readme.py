@@ -48,14 +48,14 @@ def test_defaults_in_the_table_are_the_launchers(name):
 @pytest.mark.parametrize("name", READMES)
 def test_flags_exist(name):
     known = {f"--{field.name}" for field in T.dataclasses.fields(T.ScriptArguments)}
-    foreign = {"--include", "--logdir", "--help", "--setup"}
+    foreign = {"--include", "--logdir", "--help", "--setup", "--index-url"}
     assert "--setup)" in (PROJECT / "fast_train.sh").read_text(encoding="utf-8")
     pieces = code(TEXT[name])
     benchmark = [piece for piece in pieces if "benchmark.py" in piece]
     of_benchmark = {flag for piece in benchmark for flag in re.findall(r"--[a-z_]+", piece)}
     source = (PROJECT / "tests" / "benchmark" / "benchmark.py").read_text(encoding="utf-8")
     assert of_benchmark and all(f'add_argument("{flag}"' in source for flag in of_benchmark)
-    mentioned = {flag for piece in pieces if piece not in benchmark for flag in re.findall(r"--[a-z_]+", piece)}
+    mentioned = {flag for piece in pieces if piece not in benchmark for flag in re.findall(r"--[a-z_-]+", piece)}
     assert mentioned and mentioned <= known | foreign
 
 
@@ -70,6 +70,14 @@ def test_files_exist(name):
     outputs |= {"pairs.jsonl", "pairs.json", "result.json", "scores.json", "BETA_ALPHA.md"}  # the user's, and a sweep's
     missing = [p for p in paths - outputs if not p.startswith(made_by_a_run) and not (PROJECT / p).exists()]
     assert {"fast_train.sh", "tests/run.sh"} <= {path.removeprefix("./") for path in paths} and missing == []
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_links_within_lead_to_a_heading(name):
+    headings = re.findall(r"^##+ (.*)$", re.sub(r"```\w*\n.*?```", "", TEXT[name], flags=re.S), re.M)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}  # as GitHub makes them
+    linked = set(re.findall(r"\]\(#([^)]+)\)", TEXT[name]))
+    assert len(linked) >= 14 and linked <= anchors
 
 
 def test_the_room_table_is_the_modules():
