@@ -529,6 +529,10 @@ def source_problems(args: ScriptArguments) -> list[str]:
 
 OF_NODES = ("hostfile", "node_rank", "master_addr", "master_port")  # how the nodes find each other; they change no run
 LAUNCHERS_OWN = ("plan", "sweep_table", "sweep_failed")  # flags that fast_train.sh adds; they change no run
+CHANGE_NO_FIGURE = (
+    *(*LAUNCHERS_OWN, *OF_NODES, "gpu_nodes", "cpu_ranks", "offload", "preset", "resume", "overwrite"),
+    *("output_dir", "log_dir", "reference_cache", "eval_steps"),
+)
 
 # PRESET → the settings that it stands for
 PRESETS = {
@@ -2385,6 +2389,13 @@ class Tree(NamedTuple):
     end: int
 
 
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device; what a GPU has still to do is not waited for, as copies of pageable memory do."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True)
 class PackedRow:
     """Many pairs in one row. Branches hold each answer but its last token, which is predicted and never read."""
@@ -2397,8 +2408,16 @@ class PackedRow:
     trees: tuple[Tree, ...]  # P
 
     def to(self, device: torch.device) -> "PackedRow":
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(self, **tensors)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **{name: moved(value, device) for name, value in tensors.items()})
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch of `collate_pairs` on the device."""
+    return {
+        name: value.to(device) if isinstance(value, PackedRow) else moved(value, device)
+        for name, value in batch.items()
+    }
 
 
 def pack_row(triples: Iterable[tuple[list[int], list[int], list[int]]]) -> PackedRow:
@@ -3503,9 +3522,9 @@ class TreeSequences(NamedTuple):
                     key_counts.append(len(seen))
         starts = [trees[0].start, *ends]
         key_bounds = [0, *itertools.accumulate(key_counts)]
-        bounds = (torch.tensor(values, dtype=torch.int32, device=device) for values in (starts, key_bounds))
+        bounds = (moved(torch.tensor(values, dtype=torch.int32), device) for values in (starts, key_bounds))
         longest = max(map(operator.sub, ends, starts)), max(key_counts)
-        return cls(torch.tensor(keys, device=device), *bounds, *longest)
+        return cls(moved(torch.tensor(keys), device), *bounds, *longest)
 
 
 def lower_right_mask(num_queries: int, key: torch.Tensor) -> torch.Tensor:
@@ -4674,9 +4693,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
         soft_prompt: nn.Embedding | None,
     ):
         self.settings, self.first_scores, self.soft_prompt = settings, first_scores, soft_prompt
-        self.start_weights: dict[str, torch.Tensor] | None = None  # of a continued adapter; a fresh one's is "off"
-        if settings.adapter_path:
-            self.start_weights = trained_values(model)
+        self.start_weights = trained_values(model) if settings.adapter_path else None  # a fresh adapter's is "off"
         self.end_scores: dict[str, torch.Tensor] = {}  # (P, 2) of the first test pairs, by what was trained
         self.train_metrics, self.step_seconds = MetricSums(), 0.0
         self.update_indices: list[int] = []  # places in the data set of the update's pairs, this rank's share
@@ -4722,7 +4739,12 @@ class PreferenceGuidedDPOTrainer(Trainer):
 
     def _prepare_inputs(self, inputs):
         """Moves a batch; the stock version would round the reference's log-probabilities to DeepSpeed's dtype."""
-        return {name: value.to(self.args.device) for name, value in inputs.items()}
+        return on_device(inputs, self.args.device)
+
+    def get_batch_samples(self, *args, **kwargs):
+        """The batches of an update, whose clock starts here: packing them takes its time, too."""
+        self.step_start = time.perf_counter()
+        return super().get_batch_samples(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The pairs of the whole update over all ranks: what its loss is the mean over."""
@@ -4742,8 +4764,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
         metrics = self.score(model, inputs, guided="pref" in conditions)
         tokens = sum(inputs[condition].input_ids.numel() for condition in conditions)
         self.train_metrics.add(metrics, inputs["weights"], tokens)
-        loss = metrics["loss"] @ inputs["weights"] * (self.args.world_size / num_items_in_batch)
-        return (loss, metrics) if return_outputs else loss
+        return metrics["loss"] @ inputs["weights"] * (self.args.world_size / num_items_in_batch)
 
     def evaluation_loop(self, dataloader, description, *args, **kwargs):
         """Means over every pair of the test set, each counted once; the prefixed condition is always scored here.
@@ -4835,8 +4856,7 @@ class PreferenceGuidedDPOTrainer(Trainer):
 # 17 · Around the updates — memory probe, reference pass, self-checks around the first update, sample answers.
 # ======================================================================================================================
 
-COMPARED_PAIRS = 2  # with the model's own forward passes
-CHECKED_PAIRS = 2  # in one packed row, with the base model; a user may pack more than memory holds
+CHECKED_PAIRS = 2  # in one packed row, with the base model's own forwards; a user may pack more than memory holds
 SAMPLE_PROMPTS = 3
 SAMPLE_TOKENS = 64
 
@@ -4863,6 +4883,14 @@ def reference_scores(
             if trainer.args.world_size > 1:
                 torch.distributed.all_reduce(scored)
             yield scored[:, :2].where(scored[:, 2:] > 0, math.nan)
+
+
+def require_finite_logps(what: str, logps: torch.Tensor, dataset: PairDataset) -> None:
+    """Raises RunError where log-probabilities (N, …) of a data set are not finite: the rows."""
+    broken = (~logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if broken:
+        rows = places_of(dataset.pairs[index].source for index in broken)
+        raise RunError(f"{what} are not finite for {rows}; look at the pairs, or at the model's weights")
 
 
 def fill_reference_logps(
@@ -4892,12 +4920,7 @@ def fill_reference_logps(
     dataset.ref_logps[condition] = logps.cpu()
     if known and file is not None:
         dataset.ref_files[condition] = file
-    broken = (~logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
-    if broken:
-        rows = places_of(dataset.pairs[index].source for index in broken)
-        raise RunError(
-            f"the reference's log-probabilities are not finite for {rows}; look at the pairs, or at the model's weights"
-        )
+    require_finite_logps("the reference's log-probabilities", logps, dataset)
     if is_main:
         print(f"reference log-probabilities, {name}: {cache.describe(file, known, len(dataset))}", flush=True)
 
@@ -5110,14 +5133,17 @@ def as_in_training(args: ScriptArguments, policy: PeftModel, reserved: int) -> I
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a GPU, or the allocator of the CPU, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(
-        re.search("DefaultCPUAllocator: can't allocate memory|not enough memory", str(error))
+    beside_allocators = (
+        "CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"  # a GPU's libraries have memory of their own
     )
+    of_cpu = "DefaultCPUAllocator: can't allocate memory|not enough memory"
+    said = re.search(f"{beside_allocators}|{of_cpu}", str(error))
+    return isinstance(error, torch.OutOfMemoryError) or said is not None
 
 
 def probe(args: ScriptArguments, policy: PeftModel, pairs: Sequence[Mapping[str, Any]], reserved: int) -> None:
     """A training step's passes, forward and backward, over one packed row."""
-    batch = {name: value.to(policy.device) for name, value in collate_pairs(pairs).items()}
+    batch = on_device(collate_pairs(pairs), policy.device)
     batch["ref_logps"] = torch.zeros_like(batch["ref_logps"])  # not known yet
     with as_in_training(args, policy, reserved) as trained:
         loss = score_pairs(args, policy, policy, batch, guided="pref" in args.conditions)["loss"].sum()
@@ -5247,17 +5273,6 @@ def memory_problem(args: ScriptArguments, what: str, device: torch.device, model
     return f"{what}. Change, largest effect first: {'; '.join(changes)}"
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that this rank can still take on its device; on a CPU its share of what the machine has left."""
-    import psutil
-
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // int(os.environ["LOCAL_SIZE"])
-
-
 def peak_memory(device: torch.device, history: Iterable[Mapping[str, Any]] = ()) -> float:
     """GiB that the rank which needed most has held at its peak, here or, in a resumed run, as logged before."""
     peak = torch.tensor(held_memory(device), dtype=torch.float64, device=device)
@@ -5287,24 +5302,6 @@ def sample_answers(trainer: PreferenceGuidedDPOTrainer, condition: str, soft_pro
         )
     start = width if "input_ids" in inputs else 0  # without ids `generate` returns the new ones only
     return tokenizer.batch_decode(answers[:, start:], skip_special_tokens=True)
-
-
-def whole_for_answers(trainer: PreferenceGuidedDPOTrainer) -> contextlib.AbstractContextManager:
-    """The whole model on every rank where ZeRO-3 has divided it and each has the room; else each token gathers it anew.
-
-    The engine's end: its hooks, which divide a module's weights again after each call, are taken out.
-    """
-    if not trainer.is_divided:
-        return contextlib.nullcontext()
-    parameters, device = list(trainer.model.parameters()), trainer.args.device
-    needed = sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
-    lacks = torch.tensor(2 * needed > free_memory(device), device=device)  # twice: it is gathered into one buffer first
-    torch.distributed.all_reduce(lacks, torch.distributed.ReduceOp.MAX)
-    if lacks:
-        return contextlib.nullcontext()
-    trainer.deepspeed.empty_partition_cache()
-    trainer.deepspeed.optimizer.parameter_offload.destroy()
-    return whole(parameters)
 
 
 def table_cell(text: str) -> str:
@@ -5351,8 +5348,7 @@ class RunCallback(TrainerCallback):
         self.prompt_at_start = copy.deepcopy(trainer.soft_prompt)  # a checkpoint may put another in its place
 
     def answers(self, soft_prompt: nn.Embedding | None) -> list[list[str]]:
-        with whole_for_answers(self.trainer):
-            return [sample_answers(self.trainer, condition, soft_prompt) for condition in ("base", "pref")]
+        return [sample_answers(self.trainer, condition, soft_prompt) for condition in ("base", "pref")]
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
@@ -5365,19 +5361,16 @@ class RunCallback(TrainerCallback):
         fill_reference_logps(trainer, "test", "base", self.cache)
         if args.eval_on_start and trainer.settings.starts_as_reference:
             fill_reference_logps(trainer, "test", "pref", self.cache)
-        self.parameters_at_start = {}
         check_before_training(trainer)
         if not trainer.deepspeed.zero_optimization():
             keep_gradient_norm(trainer.deepspeed)
-        if state.global_step == 0:
-            self.parameters_at_start = trained_values(trainer.model)
+        self.parameters_at_start = trained_values(trainer.model) if state.global_step == 0 else {}
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.step_start = time.perf_counter()
         self.learning_rate = self.trainer.lr_scheduler.get_last_lr()[0]  # 0 while a warm-up begins
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.step_seconds += time.perf_counter() - self.step_start
+        self.trainer.step_seconds += time.perf_counter() - self.trainer.step_start
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         require_finite(self.trainer, logs)
@@ -5469,28 +5462,16 @@ def score_dataset(
     scores = {name: torch.full((len(dataset), 2), math.nan) for name in scorers}
     loader = PairLoader(dataset, PairSampler(dataset.lengths, len(dataset), args.pairs_per_forward))
     for batch in tqdm(loader, desc="scoring", leave=False):
-        batch = {name: value.to(device) for name, value in batch.items()}
+        batch = on_device(batch, device)
         for name, score in scorers.items():
             scores[name][batch["indices"].cpu()] = score(batch).cpu()
     return {"base": scores.get("reference"), **scores}
 
 
-def require_finite_scores(scores: Mapping[str, torch.Tensor], dataset: PairDataset) -> None:
-    """Raises RunError where log-probabilities are not finite: the rows."""
-    broken = torch.stack([~logps.isfinite().all(dim=1) for logps in scores.values()]).any(dim=0).nonzero().flatten()
-    if len(broken):
-        rows = places_of(dataset.pairs[index].source for index in broken.tolist())
-        raise RunError(f"log-probabilities are not finite for {rows}; look at the pairs, or at the model's weights")
-
-
 def evaluation_results(
     args: ScriptArguments, scores: Mapping[str, torch.Tensor], dataset: PairDataset
 ) -> dict[str, Any]:
-    """Everything that an evaluation reports.
-
-    Args:
-        scores: as `score_dataset` gives them.
-    """
+    """Everything that an evaluation reports, from what `score_dataset` gives."""
     plain, prefixed, reference = scores["base"], scores["pref"], scores.get("reference")
     judged = prefixed if args.trains_prefix else plain  # what the adapter was trained for
     start = plain if reference is None else reference  # a model alone is its own reference
@@ -5738,7 +5719,10 @@ def merge_place(policy: PeftModel) -> torch.device:
     needed = sum(math.prod(state.shape) for state in states) * policy.get_base_model().dtype.itemsize
     if policy.device.type != "cuda":
         return policy.device
-    return policy.device if needed < 0.9 * free_memory(policy.device) else torch.device("cpu")
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(policy.device)
+    return policy.device if needed < 0.9 * free else torch.device("cpu")
 
 
 def merged_model(policy: PeftModel) -> PreTrainedModel:
@@ -5771,12 +5755,6 @@ def merge_policy(trainer: PreferenceGuidedDPOTrainer, folder: Path) -> None:
     nats = rounding(merged.dtype, trainer.eval_dataset.pairs)
     require_close("the merged weights", scored, "the policy with its adapter", policy, nats)
     link_merged(folder)
-
-
-def first_and_last_evaluation(trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
-    """What was logged on the test set before the first and after the last update."""
-    logged = [logs for logs in trainer.state.log_history if TAGS["loss"][1] in logs]
-    return logged[0], logged[-1]
 
 
 def describe_peak_memory(trainer: Trainer) -> str:
@@ -5819,11 +5797,7 @@ CARD_PROMPT = "How do I keep herbs alive on a windowsill?"
 
 
 def card_snippet(base_path: str, folder: str, has_template: bool, quantised: BitsAndBytesConfig | None = None) -> str:
-    """Python that loads the adapter and answers a question.
-
-    Args:
-        quantised: how the base model is loaded in 4 bits, if it is.
-    """
+    """Python that loads the adapter and answers a question; `quantised`: how the base model is kept in 4 bits."""
     text, options = repr(CARD_PROMPT), ""
     if has_template:
         text = "tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)"
@@ -5878,6 +5852,28 @@ def describe_left_out(history: Iterable[Mapping[str, Any]]) -> str:
     return f", {left_out} of them left out as gradients overflowed fp16" if left_out else ""
 
 
+def duration(seconds: float) -> str:
+    """A time for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def describe_speed(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Updates, pairs, the time they took and their speed, of the whole run, also where it was resumed."""
+    updates = [logs for logs in history if UPDATE_PAIRS in logs]
+    pairs = sum(logs[UPDATE_PAIRS] for logs in updates)
+    seconds = [logs[UPDATE_PAIRS] / logs[PAIRS_PER_SECOND_TAG] for logs in updates]
+    tokens = sum(logs[TOKENS_PER_SECOND_TAG] * time for logs, time in zip(updates, seconds, strict=True))
+    total = sum(seconds)
+    speed = f"{pairs / total:.2f} pairs/s, {tokens / total:.0f} tokens/s" if total else "no update was timed"
+    return {
+        "updates": f"{len(updates)}, {pairs} pairs{describe_left_out(updates)}",
+        "time": f"{duration(total)} for the updates",
+        "speed": speed,
+    }
+
+
 def describe_base(args: ScriptArguments) -> str:
     """A remark, after the precision, on a base model that is kept in 4 bits."""
     return ", base model in 4 bits (NF4)" if args.load_in_4bit else ""
@@ -5885,9 +5881,7 @@ def describe_base(args: ScriptArguments) -> str:
 
 def card_training(trainer: PreferenceGuidedDPOTrainer) -> dict[str, Any]:
     """What the model card says of the training itself: how much, how long, on what, with which versions."""
-    args, state, ranks, soft_prompt = trainer.settings, trainer.state, trainer.args.world_size, trainer.soft_prompt
-    seconds = next((logs["train_runtime"] for logs in reversed(state.log_history) if "train_runtime" in logs), 0.0)
-    speeds = [logs[PAIRS_PER_SECOND_TAG] for logs in state.log_history if PAIRS_PER_SECOND_TAG in logs]
+    args, ranks, soft_prompt = trainer.settings, trainer.args.world_size, trainer.soft_prompt
     on_gpu = trainer.args.device.type == "cuda"
     place = f"{ranks} × {torch.cuda.get_device_name(trainer.args.device)}" if on_gpu else f"CPU, {ranks} rank(s)"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages_of(args))
@@ -5895,10 +5889,8 @@ def card_training(trainer: PreferenceGuidedDPOTrainer) -> dict[str, Any]:
         "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "preference": args.preference_text if soft_prompt is None else f"{soft_prompt.num_embeddings} soft embeddings",
         "reference": describe_reference(args),
-        "updates": f"{state.global_step}{describe_left_out(state.log_history)} ({args.num_epochs:g} epoch(s))",
+        **describe_speed(trainer.state.log_history),
         "pairs per update": f"{ranks * args.gradient_accum_steps} ({ranks} × {args.gradient_accum_steps})",
-        "time": f"{datetime.timedelta(seconds=round(seconds))}" + (" since it was resumed" if args.resume else ""),
-        "pairs per second, median of the updates": f"{statistics.median(speeds):.2f}" if speeds else "none",
         "peak memory": describe_peak_memory(trainer),
         "device": f"{place}, {dtype_name(trainer.model.get_base_model().dtype)}{describe_base(args)}",
         "versions": f"Python {platform.python_version()}, {versions}",
@@ -5907,11 +5899,10 @@ def card_training(trainer: PreferenceGuidedDPOTrainer) -> dict[str, Any]:
 
 def model_card(trainer: PreferenceGuidedDPOTrainer, base_path: str, reports: Mapping[str, DataReport]) -> str:
     """The output folder's README.md: how to use the model, data, metrics, training and settings."""
-    first, last = first_and_last_evaluation(trainer)
     args, folder = trainer.settings, trainer.args.output_dir
     data = ((split, r.path, r.rows, r.usable, r.describe_changes()) for split, r in reports.items())
-    held_out = (tags[1] for tags in TAGS.values() if tags[1] in first and tags[1] in last)
-    metrics = ((tag, f"{first[tag]:.4f}", f"{last[tag]:.4f}") for tag in held_out)
+    held_out = {tag: series(trainer.state.log_history, tag)[1] for _, tag in TAGS.values()}
+    metrics = ((tag, f"{values[0]:.4f}", f"{values[-1]:.4f}") for tag, values in held_out.items() if values)
     of_start = (*LAUNCHERS_OWN, "resume", "overwrite", "evaluate_only", *args.not_used)
     settings = [(n, v) for n, v in dataclasses.asdict(args).items() if n not in of_start and v != ""]
     if trainer.soft_prompt is not None:
@@ -6028,7 +6019,7 @@ def available_gpus() -> list[int]:
         return list(range(torch.cuda.device_count()))
     if not all(number.strip().isdecimal() for number in visible.split(",")):
         raise InputError(f"CUDA_VISIBLE_DEVICES is {visible!r}: DeepSpeed needs GPU numbers in it, such as 0,1")
-    return [int(number) for number in visible.split(",")]
+    return [int(number) for number in visible.split(",")][: torch.cuda.device_count()]  # CUDA stops at a wrong one
 
 
 def unusable_gpu() -> str:
@@ -6094,7 +6085,7 @@ def parse_nodes(gpu_nodes: str) -> tuple[Node, ...]:
     twice = [name for name, numbers in nodes.items() if len(set(numbers)) < len(numbers)]
     if twice:
         raise InputError(f"{where}: names a GPU twice on {', '.join(twice)}; name each once")
-    return tuple(Node(name, tuple(sorted(numbers))) for name, numbers in nodes.items())
+    return tuple(Node(name, tuple(numbers)) for name, numbers in nodes.items())
 
 
 def resolve_nodes(gpu_nodes: str, hostfile: str) -> tuple[Node, ...]:
@@ -6157,25 +6148,15 @@ def resolve_devices(
     """
     if names_nodes(gpu_nodes, hostfile):
         return devices_of_nodes(gpu_nodes, hostfile, node_rank or "0", gpus)
-    where = describe("gpu_nodes", gpu_nodes)
-    here = f"GPUs here: {', '.join(map(str, gpus))}"
-    if not gpus:
-        here = f"{unusable_gpu() or 'this machine has no GPU'}; auto trains on its CPU"
-    if gpu_nodes == "auto":
-        chosen = list(gpus)
-    else:
-        host, _, numbers = gpu_nodes.partition(":")
-        if host != "localhost" or not all(n.isdecimal() for n in numbers.split(",")):
-            raise InputError(f"{where}: must be auto or localhost:0,1 with this machine's GPU numbers; {here}")
-        chosen = [int(n) for n in numbers.split(",")]
-        missing = sorted(set(chosen) - set(gpus))
-        if missing:
-            raise InputError(f"{where}: there is no GPU {', '.join(map(str, missing))}; {here}")
-        if len(set(chosen)) < len(chosen):
-            raise InputError(f"{where}: names a GPU twice")
-    if chosen:
-        return Devices(f"localhost:{','.join(map(str, chosen))}", len(chosen), on_gpu=True)
-    return Devices(f"localhost:{','.join(map(str, range(cpu_ranks)))}", cpu_ranks, on_gpu=False)
+    chosen = tuple(gpus) if gpu_nodes == "auto" else parse_nodes(gpu_nodes)[0].slots  # those of localhost
+    if missing := sorted(set(chosen) - set(gpus)):
+        here = f"GPUs here: {', '.join(map(str, gpus))}"
+        if not gpus:
+            here = f"{unusable_gpu() or 'this machine has no GPU'}; auto trains on its CPU"
+        what = f"there is no GPU {', '.join(map(str, missing))}"
+        raise InputError(f"{describe('gpu_nodes', gpu_nodes)}: {what}; {here}")
+    slots = chosen or tuple(range(cpu_ranks))
+    return Devices(str(Node("localhost", slots)), len(slots), on_gpu=bool(chosen))
 
 
 def checksum_of(path: str) -> str | None:
@@ -6285,15 +6266,9 @@ def ask_node(name: str, request: Mapping[str, Any]) -> tuple[dict[str, Any] | No
     """What `look_at_node` finds on a node, over ssh; or None and why it cannot be asked, with the remedy."""
     words = [word.replace("%h", name).replace("%u", getpass.getuser()) for word in ssh_words()]
     command = [*words, f"{shlex.quote(sys.executable)} -"]
-    options = {
-        "input": node_program(request),
-        "capture_output": True,
-        "text": True,
-        "errors": "replace",
-        "timeout": NODE_SECONDS,
-    }
+    options = {"input": node_program(request), "capture_output": True, "text": True, "errors": "replace"}
     try:
-        result = subprocess.run(command, **options)
+        result = subprocess.run(command, **options, timeout=NODE_SECONDS)
         said = [line.strip() for line in result.stderr.splitlines() if line.strip()] or [f"status {result.returncode}"]
     except subprocess.TimeoutExpired:
         result, said = None, [f"it does not answer within {NODE_SECONDS:g} s"]
@@ -6312,11 +6287,7 @@ def listening(port: int) -> socket.socket:
 
 @functools.cache
 def ask_nodes(names: tuple[str, ...], request: str, port: int) -> list[tuple[dict[str, Any] | None, str]]:
-    """`ask_node` of all at once, for as long as this machine listens on the port, once for each request.
-
-    Args:
-        request: what `look_at_node` takes, as JSON.
-        port: 0 for any that is free.
+    """`ask_node` of all at once, for as long as this machine listens on the port, once for each request (JSON).
 
     Raises:
         OSError: the port is taken.
@@ -6494,11 +6465,14 @@ def meeting_point(args: ScriptArguments, devices: Devices) -> Devices:
 # ======================================================================================================================
 
 
+NODE_FILE = re.compile(r"\.[0-9a-f]{32}\.\d+")  # by which nodes find out for a moment whether they share a folder
+
+
 def run_state(output_dir: Path) -> str:
     """What is in the output folder: nothing, a finished or an unfinished run, or something foreign."""
     if not output_dir.is_dir():
         return "foreign" if output_dir.exists() else "nothing"
-    names = {path.name for path in output_dir.iterdir()}
+    names = {path.name for path in output_dir.iterdir() if not NODE_FILE.fullmatch(path.name)}
     if names <= {RUN_SETTINGS, f".{RUN_SETTINGS}"}:
         return "nothing"
     if RUN_SETTINGS not in names:
@@ -6511,8 +6485,7 @@ def run_state(output_dir: Path) -> str:
 def recorded_settings(args: ScriptArguments, devices: Devices, pairs: Mapping[str, Sequence[Pair]]) -> dict[str, Any]:
     """What a resumed run must share with the interrupted one: settings, ranks, and the data's content."""
     free = {
-        *(*LAUNCHERS_OWN, *OF_NODES, *args.not_used, "gpu_nodes", "cpu_ranks", "offload"),
-        *("preset", "resume", "overwrite", "output_dir", "log_dir", "reference_cache", "eval_steps"),
+        *(*CHANGE_NO_FIGURE, *args.not_used),
         *("train_dataset_path", "test_dataset_path", "prompt_embedding_path", "adapter_path"),
         *(["test_share"] if "test" in args.sources else []),
     }
@@ -6540,8 +6513,6 @@ def settings_in(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{RUN_SETTINGS} in it is damaged ({error})") from None
     if not isinstance(recorded, dict) or not isinstance(recorded.get("content"), dict):
         raise ValueError(f"{RUN_SETTINGS} in it is damaged (it holds no settings of a run)")
-    if recorded.get("zero_stage") == "":  # of a run from before it could be chosen
-        del recorded["zero_stage"]
     return recorded
 
 
@@ -6659,7 +6630,7 @@ def evaluation_settings(args: ScriptArguments) -> ScriptArguments:
         raise InputError(f"{where}: is a soft prompt itself, beside that of TRAINING_MODE=embedding; set it to ptuning")
     if args.trains_prefix and not is_soft_prompt:
         raise InputError(f"{where}: is no soft prompt, but TRAINING_MODE is 'ptuning'; set it to text or embedding")
-    if not args.policy_model_path and not Path(str(base), "config.json").is_file():
+    if not args.policy_model_path and not (base and Path(str(base), "config.json").is_file()):
         raise InputError(
             f"{describe('policy_model_path', '')}, and the base model that the adapter names, {shortened(repr(base))}, "
             "is no model folder here; name the base model's folder or hub id"
@@ -6835,17 +6806,12 @@ def zero_problems(args: ScriptArguments, zero: Mapping[str, Any], dtype: torch.d
             "an update's gradients and lose their digits; set ZERO_STAGE=1, which gives the same updates, or "
             "PRECISION=fp32"
         )
+    if stage == 3 and args.load_in_4bit:
+        problems.append(
+            f"{describe('load_in_4bit', True)}: ZeRO stage {stage} divides the model among the ranks, which it cannot do "
+            "with weights in 4 bits; use ZeRO stage 1 or 2, where every rank has the whole model, or set it to false"
+        )
     return problems
-
-
-def sharded_4bit_problems(args: ScriptArguments, stage: int) -> list[str]:
-    """Why a base in 4 bits does not go with a ZeRO stage."""
-    if not args.load_in_4bit or stage < 3:
-        return []
-    return [
-        f"{describe('load_in_4bit', True)}: ZeRO stage {stage} divides the model among the ranks, which it cannot do "
-        "with weights in 4 bits; use ZeRO stage 1 or 2, where every rank has the whole model, or set it to false"
-    ]
 
 
 def ds_config_problems(args: ScriptArguments, devices: Devices | None) -> list[str]:
@@ -6882,8 +6848,7 @@ def ds_config_problems(args: ScriptArguments, devices: Devices | None) -> list[s
     dtype = precision_dtype(args.precision, devices.on_gpu) if devices else None
     if contradictions := zero_contradictions(args, zero):
         return problems + contradictions
-    used = zero_of(args)
-    return problems + zero_problems(args, used, dtype) + sharded_4bit_problems(args, used["stage"])
+    return problems + zero_problems(args, zero_of(args), dtype)
 
 
 def trains_in_fp16() -> bool:
@@ -6965,28 +6930,22 @@ def check_inputs(
         wrong.update(concerns if failed else ())
         return found
 
-    of_training = (
-        ({"output_dir", "log_dir", "resume"}, output_problems, args),
-        ({"reference_cache", "output_dir"}, cache_problems, args),
-    )
-    of_evaluation = (({"evaluation_file"}, evaluation_file_problems, args),)
-    for concerns, function, argument in (
-        ({"policy_model_path"}, model_problems, args.policy_model_path),
-        *(of_evaluation if args.evaluate_only else of_training),
-    ):
-        problems += check(concerns, function, argument) or []
+    problems += check({"policy_model_path"}, model_problems, args.policy_model_path) or []
+    if args.evaluate_only:
+        problems += check({"evaluation_file"}, evaluation_file_problems, args) or []
+    else:
+        problems += check({"output_dir", "log_dir", "resume"}, output_problems, args) or []
+        problems += check({"reference_cache", "output_dir"}, cache_problems, args) or []
     if not args.policy_model_path and not (BUNDLED_MODEL_DIR / "config.json").exists():
         remedy = "the bundled model is converted into it: make room for it there, or name a model"
         problems += folder_problems("policy_model_path", BUNDLED_MODEL_DIR, "", remedy)
     config, tokenizer = check({"policy_model_path"}, local_model, args.policy_model_path) or (None, None)
     lora = {"lora_dropout", "adapter_path"} if args.adapter_path else {"lora_dropout", *LORA_SHAPE}
-    if args.trains_prefix or (args.evaluate_only and not args.adapter_path):
-        pass  # no LoRA adapter
-    elif config is not None:
+    has_lora = not args.trains_prefix and (args.adapter_path or not args.evaluate_only)
+    kind_is_open = args.evaluate_only and "policy_model_path" in wrong
+    if has_lora and config is not None:
         check(lora, lambda: add_adapter(lay_out(config), args))
-    elif args.adapter_path and not (
-        args.evaluate_only and "policy_model_path" in wrong
-    ):  # of which kind it is, is open
+    elif has_lora and args.adapter_path and not kind_is_open:
         check(lora, read_adapter, args.adapter_path, args.lora_dropout)
     rank = args.node_rank or os.environ.get("CROSS_RANK", "")  # where DeepSpeed's launcher has started this process
     found = check(
@@ -7246,14 +7205,22 @@ def in_quotes(value: str) -> str:
 
 
 def exports(environment: Mapping[str, str]) -> list[str]:
-    """Lines NAME=value of the file from which DeepSpeed sets variables on the nodes, those of the user's own file last."""
+    """Lines NAME=value of the file from which DeepSpeed sets variables on the nodes, those of the user's own file last.
+
+    Raises:
+        InputError: that file cannot be read.
+    """
     lines = [f"{name}={in_quotes(value)}" for name, value in exported(environment).items()]
     name = environment.get("DS_ENV_FILE", ENVIRONMENT_FILE)
     for folder in dict.fromkeys((Path.home(), Path.cwd())):
-        with contextlib.suppress(FileNotFoundError):
-            lines += [
-                line for line in (folder / name).read_text(encoding="utf-8").splitlines() if re.match(r"\w+=", line)
-            ]
+        try:
+            text = (folder / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            what = f"from which DeepSpeed sets variables on the nodes, cannot be read ({brief(error)})"
+            raise InputError(f"{folder / name}, {what}; mend it or take it away") from None
+        lines += [line for line in text.splitlines() if re.match(r"\w+=", line)]
     return lines
 
 
@@ -7307,11 +7274,7 @@ def make_way(args: ScriptArguments) -> Path | None:
 
 
 def make_way_for_events(log_dir: Path, run: str) -> None:
-    """Leaves this run's event files alone in the log folder: those of others go to `runs/`, its own come back.
-
-    Args:
-        run: the run's id, which a file beside the events holds.
-    """
+    """Leaves the events of `run` (its id) alone in the log folder: those of others go to `runs/`, its own come back."""
 
     def move(source: Path, target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
@@ -7364,8 +7327,7 @@ def unused_path(folder: Path, name: str) -> Path:
 MAX_SWEEP_RUNS, MAX_RUN_NAME = 1000, 200
 SWEEP_METRICS = ("accuracy", "reward_margin", "loss", "pref_advantage_ratio")
 OTHER_SCALE = {"preset", "beta", "alpha", "loss_type", "label_smoothing"}  # on which reward margin and loss depend
-# what `run_state` finds → what becomes of a run with the same settings and data, and how it is called
-FATES = {"finished": "keep", "unfinished": "resume"}
+# what `run_state` finds → how a run in that state is called
 STATES = {"finished": "finished", "unfinished": "interrupted"}
 Checked = tuple[Devices, dict[str, list[Pair]], dict[str, DataReport]]  # what `check_inputs` gives
 
@@ -7445,11 +7407,7 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def of_runs(runs: Sequence[SweepRun], lines: Iterable[Sequence[str]]) -> list[str]:
-    """What is said of runs, each line once, with the values of those of which it is said where it is not all.
-
-    Args:
-        lines: each run's lines.
-    """
+    """What is said of runs (`lines`: of each), each line once, with the values of those it is said of where not of all."""
     said: dict[str, list[SweepRun]] = {}
     for run, own in zip(runs, lines, strict=True):
         for line in own:
@@ -7514,7 +7472,8 @@ def decided(run: SweepRun, current: Mapping[str, Any]) -> SweepRun:
             f"{describe('output_dir', run.args.output_dir)}: holds another run: {'; '.join(changed)}; set it back, "
             "name another OUTPUT_DIR, or replace the run with OVERWRITE=true"
         )
-    fate = "replace" if changed or (overwrite and state == "unfinished") else FATES[state]
+    replaced = changed or (overwrite and state == "unfinished")
+    fate = "replace" if replaced else "keep" if state == "finished" else "resume"
     return dataclasses.replace(run, fate=fate)
 
 
@@ -7601,11 +7560,10 @@ def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def results_table(
     runs: Sequence[SweepRun], results: Mapping[str, Mapping[str, float]], failed: Mapping[str, str]
 ) -> str:
-    """One row a run, its values first: those with results from the best to the worst, then the others.
+    """One row a run, its values first: those with results, in their order, then the others.
 
     Args:
-        results: name of a finished run → its `sweep_result`, the best one first.
-        failed: name of a run that failed → its exit status.
+        results, failed: name of a run → its `sweep_result`, or its exit status.
     """
     by_name, rows = {run.name: run for run in runs}, []
     for name in (*results, *(run.name for run in runs if run.name not in results)):
@@ -7621,12 +7579,7 @@ def results_table(
 
 
 def describe_results(runs: Sequence[SweepRun], failed: Mapping[str, str], pairs: int) -> str:
-    """The table of a sweep's results, by held-out accuracy and then reward margin, and how far to trust it.
-
-    Args:
-        failed: name of a run that failed → its exit status.
-        pairs: how many are held out.
-    """
+    """The table of a sweep's results on so many held-out pairs, by accuracy and then reward margin, and what to trust."""
     found = {run.name: sweep_result(run) for run in runs if run.fate == "keep"}
     results = dict(sorted(found.items(), key=lambda item: (-item[1]["accuracy"], -item[1]["reward_margin"])))
     lines = [results_table(runs, results, failed), ""]
@@ -7696,9 +7649,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate(args: ScriptArguments, problems: Sequence[str]) -> None:
     """Scores the test data, in this process alone; writes nothing but EVALUATION_FILE.
 
-    Args:
-        problems: those of the arguments.
-
     Raises:
         InputError: the settings, files or data cannot be used.
     """
@@ -7716,7 +7666,7 @@ def evaluate(args: ScriptArguments, problems: Sequence[str]) -> None:
     device = first_device(devices)
     model = load_in_memory(args, model_path, devices.on_gpu, device)
     scores = score_in_memory(args, model, device, start, dataset)
-    require_finite_scores(scores, dataset)
+    require_finite_logps("log-probabilities", torch.cat([*scores.values()], dim=1), dataset)
     results = evaluation_results(args, scores, dataset)
     print(evaluation_table(results), flush=True)
     if args.evaluation_file:
@@ -7744,8 +7694,7 @@ def score_in_memory(
         for condition, logps in scored.items():
             nats = rounding(model.dtype, dataset.pairs)
             require_close(f"the policy ({condition})", logps, "PEFT's adapter", first.start[condition], nats)
-        compared = {condition: logps[:COMPARED_PAIRS] for condition, logps in scored.items()}
-        check_packed_forward(policy.get_base_model(), dataset.pairs[: len(compared["base"])], compared, soft_prompt)
+        check_packed_forward(policy.get_base_model(), dataset.pairs[: len(scored["base"])], scored, soft_prompt)
     fit, scores = within_memory(device, lambda: score_dataset(args, policy, dataset, device))
     if not fit:
         size = args.pairs_per_forward
@@ -7866,11 +7815,7 @@ def of_every_rank(value: Any) -> list[Any]:
 def require_equal_nodes(
     args: ScriptArguments, devices: Devices, pairs: Mapping[str, Sequence[Pair]], content: Mapping[str, str]
 ) -> None:
-    """Raises InputError, on every rank alike, where nodes have not the same settings, data, model and program.
-
-    Args:
-        content: digests of what is known only now.
-    """
+    """Raises InputError, on every rank alike, where nodes have not the same settings, data, model and program."""
     if not devices.nodes:
         return
     own = (*PATHS, *OF_NODES, *LAUNCHERS_OWN)  # may be another on each node
@@ -8081,8 +8026,7 @@ def build_policy(
     with require_attention_alone(model):
         base_logps = {"base": teacher_logps(model, rows["base"])}
     base_logps["pref"] = teacher_logps(model, rows["pref"])
-    compared = {condition: logps[:COMPARED_PAIRS] for condition, logps in base_logps.items()}
-    check_packed_forward(model, dataset.pairs[: len(compared["base"])], compared, soft_prompt)
+    check_packed_forward(model, dataset.pairs[: len(base_logps["base"])], base_logps, soft_prompt)
     if args.evaluate_only and not args.adapter_path:
         return model, soft_prompt, FirstScores(base_logps, base_logps)
     policy = add_soft_prompt(model, soft_prompt) if args.trains_prefix else add_adapter(model, args)
@@ -8133,11 +8077,7 @@ def build_policy_in_memory(
 
 def hyperparameters(args: ScriptArguments) -> dict[str, Any]:
     """What TensorBoard's HParams tab compares, of runs of any mode."""
-    left_out = {
-        *(*LAUNCHERS_OWN, "preset", "output_dir", "log_dir", "reference_cache", "resume", "overwrite", "eval_steps"),
-        *("evaluate_only", "evaluation_file"),
-        *("gpu_nodes", "cpu_ranks", "zero_stage", "offload", "ds_config", *OF_NODES),
-    }
+    left_out = {*CHANGE_NO_FIGURE, "evaluate_only", "evaluation_file", "zero_stage", "ds_config"}
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
 
 
@@ -8165,17 +8105,14 @@ def print_data_report(
 
 
 def figure_of(value: float | None) -> str:
-    """A number of the summary: four places, or three digits where they would not show it; nothing where there is none."""
+    """A number of the summary, in 8 characters: four places where they fit and show it; nothing where there is none."""
     if value is None:
         return "-"
-    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.2e}"
-
-
-def duration(seconds: float) -> str:
-    """A time for people."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+    if value == 0 or abs(value) >= 1e-3:
+        for places in (4, 2):
+            if len(text := f"{value:.{places}f}") <= 8:
+                return text
+    return f"{value:.1e}"
 
 
 def metrics_table(history: Sequence[Mapping[str, Any]]) -> str:
@@ -8191,27 +8128,8 @@ def metrics_table(history: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def describe_speed(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Updates, pairs, the time they took and their speed, of the whole run, also where it was resumed."""
-    updates = [logs for logs in history if UPDATE_PAIRS in logs]
-    pairs = sum(logs[UPDATE_PAIRS] for logs in updates)
-    seconds = [logs[UPDATE_PAIRS] / logs[PAIRS_PER_SECOND_TAG] for logs in updates]
-    tokens = sum(logs[TOKENS_PER_SECOND_TAG] * time for logs, time in zip(updates, seconds, strict=True))
-    total = sum(seconds)
-    speed = f"{pairs / total:.2f} pairs/s, {tokens / total:.0f} tokens/s" if total else "no update was timed"
-    return {
-        "updates": f"{len(updates)}, {pairs} pairs{describe_left_out(updates)}",
-        "time": f"{duration(total)} for the updates",
-        "speed": speed,
-    }
-
-
 def print_result(trainer: PreferenceGuidedDPOTrainer, seconds: float) -> None:
-    """The summary: metrics at the start and the end, time, speed and memory.
-
-    Args:
-        seconds: since this start began.
-    """
+    """The summary: metrics at the start and the end, time (`seconds`: since this start), speed and memory."""
     history, settings = trainer.state.log_history, trainer.settings
     lines = describe_speed(history)
     lines["time"] += f", {duration(seconds)} in all{' since it was resumed' if settings.resume else ''}"

@@ -763,18 +763,27 @@ def gpus(value: str, problem: str) -> Case:
     return case(line, GPU_NODES=value)
 
 
-GPU_FORM = "must be auto or localhost:0,1 with this machine's GPU numbers"
+def gpu_form(value: str, word: str) -> Case:
+    line = (
+        f"GPU_NODES (--gpu_nodes) is {value!r}: must be auto, localhost:0,1, or several nodes with their GPU numbers: "
+    )
+    return case(f"{line}node1:0,1,node2:0,1; {word!r} is not part of such a list", GPU_NODES=value)
+
+
 DEVICES = {
-    "cuda for devices": gpus("cuda", GPU_FORM),
-    "GPUs without their machine": gpus("0,1", GPU_FORM),
-    "machine without its GPUs": gpus("localhost:", GPU_FORM),
-    "comma without a GPU": gpus("localhost:0,", GPU_FORM),
-    "GPU below 0": gpus("localhost:-1", GPU_FORM),
+    "cuda for devices": gpu_form("cuda", "cuda"),
+    "GPUs without their machine": gpu_form("0,1", "0"),
+    "machine without its GPUs": gpu_form("localhost:", "localhost:"),
+    "comma without a GPU": gpu_form("localhost:0,", ""),
+    "GPU below 0": gpu_form("localhost:-1", "localhost:-1"),
     "GPUs of another machine": case(
         "GPU_NODES (--gpu_nodes) is 'node1:0,1': node1:0,1 is one node only; …", GPU_NODES="node1:0,1"
     ),
     "GPU that is not there": gpus("localhost:7", "there is no GPU 7"),
-    "GPU twice": gpus("localhost:0,0", "there is no GPU 0"),
+    "GPU twice": case(
+        "GPU_NODES (--gpu_nodes) is 'localhost:0,0': names a GPU twice on localhost; name each once",
+        GPU_NODES="localhost:0,0",
+    ),
     "no ranks": case("CPU_RANKS (--cpu_ranks) is 0: must be 1 to …, the cores that there are", CPU_RANKS="0"),
     "more ranks than cores": case(
         "CPU_RANKS (--cpu_ranks) is 100000: must be 1 to …, the cores that there are", CPU_RANKS="100000"

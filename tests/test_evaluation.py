@@ -253,6 +253,15 @@ def test_an_adapter_that_cannot_be_evaluated(what, runs, tmp_path):
     assert re.match("- " + re.escape(words).replace("…", ".*"), str(caught.value))
 
 
+def test_an_adapter_that_names_no_base_is_not_put_on_the_bundled_model(tmp_path, monkeypatch):
+    """Not even where the working folder is that of a model."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": None}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(T.InputError, match="the base model that the adapter names, '', is no model folder here"):
+        T.evaluation_settings(parse(["--evaluate_only", f"--adapter_path={tmp_path}"]))
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -276,9 +285,9 @@ def test_settings_that_do_not_go_together(flags, words):
 
 def test_log_probabilities_that_are_not_finite_name_their_row():
     dataset = T.PairDataset([T.TokenizedPair([1], [1], [1], [1], T.Pair("p", "c", "r", row)) for row in (4, 9)])
-    scores = {"base": torch.zeros(2, 2), "pref": torch.tensor([[0.0, 0.0], [0.0, math.nan]])}
-    with pytest.raises(T.RunError, match="not finite for row 9; look at the pairs"):
-        T.require_finite_scores(scores, dataset)
+    logps = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, math.nan]])
+    with pytest.raises(T.RunError, match="what is scored are not finite for row 9; look at the pairs"):
+        T.require_finite_logps("what is scored", logps, dataset)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +345,7 @@ def test_the_model_cards_front_matter_and_figures(runs, tiny_run):
             values = series(runs[mode], tag)
             assert f"| {tag} | {values[0]:.4f} | {values[-1]:.4f} |" in card
         reference = "the same model without the soft prompt" if mode == "ptuning" else "the base model, adapter off"
-        assert f"| reference | {reference} |" in card and "| updates | 3 (1 epoch(s)) |" in card
+        assert f"| reference | {reference} |" in card and "| updates | 3, 12 pairs |" in card
         assert f"torch {torch.__version__.split('+')[0]}" in card and "| pairs per update | 5 (1 × 5) |" in card
         assert len(tags) >= 12
 

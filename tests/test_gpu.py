@@ -180,6 +180,28 @@ def test_a_resumed_run_goes_on_as_the_whole_one(tiny_run, tmp_path):
 # --- attention and memory
 
 
+def test_a_batch_goes_to_the_gpu_without_waiting_for_it(tmp_path):
+    """PyTorch raises an error at whatever would; the batch arrives whole."""
+    found = run_script(
+        """
+        pair = T.TokenizedPair([5, 6, 7], [4, 5, 6, 7], [8, 9], [10, 11, 12], T.Pair("a", "b", "c", 1))
+        batch = T.collate_pairs([T.PairDataset([pair, pair])[index, 1.0] for index in range(2)])
+        gpu = torch.device("cuda")
+        torch.zeros(1, device=gpu)
+        torch.cuda.set_sync_debug_mode("error")
+        there = T.on_device(batch, gpu)
+        sequences = T.TreeSequences.of(there["base"].trees, gpu)
+        torch.cuda.set_sync_debug_mode("default")
+        same = [torch.equal(there[name].cpu(), batch[name]) for name in ("weights", "indices", "lengths")]
+        same += [torch.equal(there[name].input_ids.cpu(), batch[name].input_ids) for name in ("base", "pref")]
+        there = [value.is_cuda for value in (there["base"].target_ids, there["weights"], sequences.keys)]
+        print(json.dumps({"same": all(same), "there": all(there)}))
+        """,
+        tmp_path,
+    )
+    assert found == {"same": True, "there": True}
+
+
 def test_the_trees_attention_on_a_gpu_is_the_cpus(tmp_path):
     """Log-probabilities and gradients, in bf16 by FlashAttention and by PyTorch's attention of each tree."""
     found = run_script(

@@ -206,9 +206,26 @@ def test_the_table_has_start_and_end_of_each_metric():
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
     assert rows["loss"] == ["0.9344", "0.6439", "0.9000", "0.5000"]
     assert rows["accuracy"] == ["0.0000", "0.9167", "-", "-"]
-    assert rows["base_margin"] == ["-17.7111", "1.50e-05", "-", "-"]
+    assert rows["base_margin"] == ["-17.7111", "1.5e-05", "-", "-"]
     assert len({len(line) for line in lines[1:]}) == 1 and len(lines) < 18
     assert not {name for name in rows if name not in T.TAGS} and {"pref_accuracy", "pref_advantage_ratio"} <= set(rows)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0.0000"),
+        (-3.58e-8, "-3.6e-08"),
+        (-99.5, "-99.5000"),
+        (-177.1111, "-177.11"),
+        (12345.6789, "12345.68"),
+        (-12345.6789, "-1.2e+04"),
+        (math.nan, "nan"),
+        (None, "-"),
+    ],
+)
+def test_a_figure_fits_its_column(value, shown):
+    assert T.figure_of(value) == shown and len(shown) <= 8
 
 
 def test_speed_is_that_of_all_updates_together():

@@ -267,10 +267,12 @@ def test_another_error_is_no_lack_of_memory(tiny_run, lengths, tmp_path):
     assert "lowered" not in result.stdout and not output_of(tmp_path).exists()
 
 
-def test_the_cpus_own_words_are_understood():
+def test_what_says_otherwise_that_memory_is_out_is_understood():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert T.is_out_of_memory(caught.value)
+    cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert T.is_out_of_memory(cublas) and T.is_out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert T.is_out_of_memory(torch.OutOfMemoryError("")) and not T.is_out_of_memory(RuntimeError("memory"))
 
 

@@ -43,7 +43,7 @@ def test_nodes_become_deepspeeds_filter():
 def test_without_gpus_the_numbers_are_cpu_ranks(monkeypatch):
     monkeypatch.setattr(T, "CORES", 8)
     found = T.resolve_devices("a.b-c:1,0,10.0.0.2:3", 1, [])
-    assert (found.include, found.ranks, found.on_gpu) == ("a.b-c:0,1@10.0.0.2:3", 3, False)
+    assert (found.include, found.ranks, found.on_gpu) == ("a.b-c:1,0@10.0.0.2:3", 3, False)
     assert found.threads_per_rank == 4  # of the node that has two
 
 
@@ -171,6 +171,17 @@ def test_a_variable_reaches_the_shell_of_a_node_as_it_is(value):
     runner.add_export(*line.split("=", 1))
     command = f"export PYTHONPATH={runner.exports['PYTHONPATH']}; printf '<%s>' \"$PYTHONPATH\"".replace("%%", "%")
     assert subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout == f"<{value}>"
+
+
+@pytest.mark.parametrize("content", [b"LANG=h\xf6flich\n", None], ids=["no UTF-8", "a folder"])
+def test_variables_that_cannot_be_read_are_an_error(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "variables"
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises(
+        T.InputError, match="variables, from which DeepSpeed sets variables on the nodes, cannot be read"
+    ):
+        T.exports({"DS_ENV_FILE": file.name})
 
 
 def test_flags_reach_a_rank_as_they_are(tmp_path, monkeypatch):

@@ -421,9 +421,9 @@ def test_a_gpu_needs_its_library(for_cuda, monkeypatch):
 
 @pytest.mark.parametrize("stage", range(4))
 def test_zero_3_divides_no_4_bits(stage):
-    problems = T.sharded_4bit_problems(QUANTISED, stage)
+    problems = T.zero_problems(QUANTISED, {"stage": stage}, None)
     assert len(problems) == (stage == 3) and all("ZeRO stage 3 divides the model" in line for line in problems)
-    assert T.sharded_4bit_problems(T.ScriptArguments(), stage) == []
+    assert T.zero_problems(T.ScriptArguments(), {"stage": stage}, None) == []
 
 
 def test_the_plan_says_it():

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 GIB = 2**30
 LIVE_PARAMETERS = 1_000_000_000  # that ZeRO-3 keeps gathered for their next use, DeepSpeed's default
-BUCKET_BYTES = 2 * 4 * 20_000_000  # DeepSpeed's two buckets of fp32 gradients, as ds_config.json sizes them
+BUCKET_BYTES = 4 * 20_000_000  # DeepSpeed's bucket of fp32 gradients, as ds_config.json sizes it
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ def page() -> str:
         "Which GPUs a base model needs, to choose before renting. Everything on this page is computed, by\n"
         "`python tests/benchmark/sizes.py`. The bases have the shapes of Qwen2.5.",
         "**Memory** is the sum of weights, adapter (LoRA on all linear layers), gradients, AdamW's state, DeepSpeed's\n"
-        "buckets, kept activations and a chunk of logits, for pairs as long as `MAX_LENGTH` lets them be, "
+        "bucket, kept activations and a chunk of logits, for pairs as long as `MAX_LENGTH` lets them be, "
         f"{usual.pairs_per_forward} in a forward, with\n"
         f"dropout. The tests compare the activations with those of real forwards (within 1 %) and the whole with runs\n"
         f"measured on a CPU (within 10 %, with 15 % of the activations for holes in the heap) and passes measured on an H100 (within 10 %). An assumption is what CUDA, NCCL and fragmentation take: {RUNTIME_BYTES / 1e9:g} GB.",
