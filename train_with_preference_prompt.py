@@ -252,6 +252,12 @@ class InputError(ValueError):
         return type(self), tuple(self.problems)
 
 
+def refuse(problems: Sequence[str]) -> None:
+    """Raises InputError where there are problems."""
+    if problems:
+        raise InputError(*problems)
+
+
 class RunError(RuntimeError):
     """A run that had begun cannot go on (exit status 1); all ranks find the same."""
 
@@ -548,11 +554,19 @@ OFFLOADED = {
     "both": ("offload_optimizer", "offload_param"),
 }
 
+# DATA_FORMAT → how a row states a pair.
+FORMATS = {
+    "plain": "texts prompt, chosen, rejected",
+    "messages": "chosen and rejected are lists of messages",
+    "repeated": "chosen and rejected begin with the prompt, which is removed",
+    "transcript": "chosen and rejected are transcripts Human: … Assistant: …",
+}
+
 # Settings with few values: field → (accepted values, why no other).
 ONLY = {
     "training_mode": (("text", "embedding", "ptuning"), "there is no such mode"),
     "prompt_init": (("text", "random"), "a soft prompt starts from PREFERENCE_TEXT or at random"),
-    "data_format": (("auto", "plain", "messages", "repeated", "transcript"), "there is no such format"),
+    "data_format": (("auto", *FORMATS), "there is no such format"),
     "loss_type": (("sigmoid", "ipo", "hinge", "robust"), "there is no such loss"),
     "precision": (("auto", "bf16", "fp16", "fp32"), "there is no such precision"),
     "adapter_reference": (("", "base", "adapter"), "there is no such reference"),
@@ -956,25 +970,22 @@ class Pair:
         return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
 
-def describe_rows(rows: Iterable[int], file: str = "") -> str:
-    """Row numbers, for a person."""
-    rows = list(dict.fromkeys(rows))  # a weight may have repeated them
-    listed = ", ".join(map(str, rows[:MAX_LISTED_PROBLEMS])) + ", …" * (len(rows) > MAX_LISTED_PROBLEMS)
-    return f"row{'s' * (len(rows) > 1)} {listed}{f' of {file}' if file else ''}"
+def first_few(parts: Sequence[Any], separator: str = ", ") -> str:
+    """The first of them, for a person, and whether there are more."""
+    return separator.join(map(str, parts[:MAX_LISTED_PROBLEMS])) + f"{separator}…" * (len(parts) > MAX_LISTED_PROBLEMS)
 
 
-def describe_places(places: Iterable[tuple[str, Sequence[int]]]) -> str:
-    """Rows of several files, for a person."""
-    described = [describe_rows(rows, file) for file, rows in places]
-    return "; ".join(described[:MAX_LISTED_PROBLEMS]) + "; …" * (len(described) > MAX_LISTED_PROBLEMS)
+def describe_places(places: Iterable[tuple[str, int]], known: Path | str = "") -> str:
+    """Places (file, row), for a person; the file that is `known` need not be named."""
+    rows_of: dict[str, list[int]] = {}
+    for file, row in dict.fromkeys(places):  # a weight may have repeated them
+        rows_of.setdefault(f" of {file}" if file not in ("", str(known)) else "", []).append(row)
+    return first_few([f"row{'s' * (len(rows) > 1)} {first_few(rows)}{of}" for of, rows in rows_of.items()], "; ")
 
 
 def places_of(pairs: Iterable[Pair]) -> str:
     """Where pairs come from, for a person."""
-    places: dict[str, list[int]] = {}
-    for pair in pairs:
-        places.setdefault(pair.file, []).append(pair.row)
-    return describe_places(places.items())
+    return describe_places((pair.file, pair.row) for pair in pairs)
 
 
 @dataclass
@@ -983,7 +994,7 @@ class DataReport:
 
     path: Path | str  # the file, or the sources as the user named them
     rows: int = 0
-    dropped: dict[tuple[str, str], list[int]] = field(default_factory=dict)  # (reason, file) → rows
+    dropped: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # reason → (file, row) of each
     held_out: int = 0  # pairs of the training data that became the test set
     repeated: int = 0  # pairs that weights add; below 0: leave out
     prompts: int = 0  # distinct ones of a set that was held out
@@ -997,15 +1008,13 @@ class DataReport:
         return f"data {'file' if isinstance(self.path, Path) else 'set'} {self.path}"
 
     def drop(self, reason: str, row: int, file: str = "") -> None:
-        file = "" if file == str(self.path) else file
-        self.dropped.setdefault((reason, file), []).append(row)
+        self.dropped.setdefault(reason, []).append((file, row))
 
     def add(self, part: "DataReport") -> None:
         """Counts in the rows of one of the files."""
         self.rows += part.rows
-        for (reason, file), rows in part.dropped.items():
-            for row in rows:
-                self.drop(reason, row, file or str(part.path))
+        for reason, places in part.dropped.items():
+            self.dropped.setdefault(reason, []).extend(places)
         for name, files in part.formats.items():
             self.formats.setdefault(name, []).extend(files)
         self.unused |= part.unused
@@ -1016,14 +1025,8 @@ class DataReport:
         return self.rows - sum(map(len, self.dropped.values())) - self.held_out + self.repeated
 
     def describe_dropped(self) -> str:
-        places: dict[str, list[tuple[str, list[int]]]] = {}
-        for (reason, file), rows in self.dropped.items():
-            places.setdefault(reason, []).append((file, rows))
-        reasons = [
-            f"{sum(len(rows) for _, rows in of_files)} {reason} ({describe_places(of_files)})"
-            for reason, of_files in places.items()
-        ]
-        return "; ".join(reasons) or "none"
+        reasons = self.dropped.items()
+        return "; ".join(f"{len(at)} {reason} ({describe_places(at, self.path)})" for reason, at in reasons) or "none"
 
     def describe_changes(self) -> str:
         """What became of the rows, for the plan."""
@@ -1036,7 +1039,7 @@ class DataReport:
         """What the rows were read as, and what in them was not used."""
         several = len(self.formats) > 1
         read = [
-            f"{name}, {FORMATS[name].description}" + (f" ({shortened(', '.join(files))})" if several else "")
+            f"{name}, {FORMATS[name]}" + (f" ({shortened(', '.join(files))})" if several else "")
             for name, files in self.formats.items()
         ]
         columns = ", ".join(name if name.isprintable() else repr(name) for name in self.unused)
@@ -1066,11 +1069,9 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def unique_fields(fields: list[tuple[str, Any]]) -> Record:
     """A JSON object of these fields; ValueError where one occurs twice, of which JSON would keep the last."""
-    record: Record = {}
-    for name, value in fields:
-        if name in record:
-            raise ValueError(f"field {shortened(repr(name))} occurs twice; write each field once")
-        record[name] = value
+    if len(record := dict(fields)) < len(fields):
+        twice = next(name for n, (name, _) in enumerate(fields) if name in dict(fields[:n]))
+        raise ValueError(f"field {shortened(repr(twice))} occurs twice; write each field once")
     return record
 
 
@@ -1167,17 +1168,9 @@ def read_json(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 def read_csv(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Comma-separated values with the names of the columns first; the row is the line where it starts."""
-
-    def texts() -> Iterator[str]:
-        for row, line in numbered_lines(path, file):
-            try:
-                yield line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                what = f"is not UTF-8 ({error.reason}); save the file as UTF-8"
-                raise InputError(f"data file {path}, row {row}: {what}") from None
-
     csv.field_size_limit(MAX_ROW_MIB << 20)
-    reader, names, start = csv.reader(texts(), strict=True), None, 1
+    texts = (line.decode("utf-8") for _, line in numbered_lines(path, file))
+    reader, names, start = csv.reader(texts, strict=True), None, 1
     try:
         for cells in reader:
             row, start = start, reader.line_num + 1
@@ -1188,6 +1181,9 @@ def read_csv(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
                 yield row, ValueError(f"has {len(cells)} cells for {len(names)} columns; quote cells with commas")
             elif cells:
                 yield row, dict(zip(names, cells, strict=True))
+    except UnicodeDecodeError as error:
+        what = f"is not UTF-8 ({error.reason}); save the file as UTF-8"
+        raise InputError(f"data file {path}, row {reader.line_num + 1}: {what}") from None
     except csv.Error as error:
         raise InputError(f"data file {path}, row {start}: is not valid CSV ({error}); mend its quotes") from None
 
@@ -1385,9 +1381,11 @@ def messages_field(record: Record, name: str, role: str) -> list[Message]:
 def parse_messages(record: Record) -> Parsed:
     """A pair from lists of messages; ValueError naming the field, OtherConversation where they differ before the answer."""
     chosen, rejected = (messages_field(record, name, "assistant") for name in PAIR_FIELDS[1:])
-    if chosen[0][0] == rejected[0][0] == "assistant":  # the prompt stands beside
+    beside = "prompt" in record or len(chosen) == 1
+    if beside and chosen[0][0] == rejected[0][0] == "assistant":
         before = messages_field(record, "prompt", "user")
-        chosen, rejected = before + chosen, before + rejected
+        if any(message not in chosen for message in before):  # else the assistant speaks first, and the prompt is in it
+            chosen, rejected = before + chosen, before + rejected
     return split_conversations(chosen, rejected)
 
 
@@ -1432,19 +1430,7 @@ def split_conversations(chosen: list[Message], rejected: list[Message]) -> Parse
     return prompt, chosen[-1][1], rejected[-1][1], tuple(history)
 
 
-class Format(NamedTuple):
-    """How the rows of a table state a pair."""
-
-    description: str
-    parse: Callable[[Record], Parsed]
-
-
-FORMATS = {
-    "plain": Format("texts prompt, chosen, rejected", parse_plain),
-    "messages": Format("chosen and rejected are lists of messages", parse_messages),
-    "repeated": Format("chosen and rejected begin with the prompt, which is removed", parse_repeated),
-    "transcript": Format("chosen and rejected are transcripts Human: … Assistant: …", parse_transcript),
-}
+PARSERS = dict(zip(FORMATS, (parse_plain, parse_messages, parse_repeated, parse_transcript), strict=True))
 
 
 def recognise(record: Record) -> str | None:
@@ -1532,7 +1518,7 @@ def read_table(table: Table, data_format: str = "auto") -> tuple[list[Pair], Dat
         try:
             record = checked_record(record)
             found = found or recognise(record)
-            prompt, chosen, rejected, history = FORMATS[found or "plain"].parse(record)
+            prompt, chosen, rejected, history = PARSERS[found or "plain"](record)
         except OtherConversation:
             report.drop("whose answers belong to different conversations", row, str(table.path))
             continue
@@ -1664,8 +1650,7 @@ def read_pairs(name: Path | str, split: str = "train", data_format: str = "auto"
         else:
             pairs += of_table
             report.add(part)
-    if problems:
-        raise InputError(*problems)
+    refuse(problems)
     if not pairs:
         why = f"it is empty; write one object with {', '.join(PAIR_FIELDS)} a line"
         if report.rows:
@@ -1694,20 +1679,16 @@ def read_split(
         else:
             parts.append(pairs)
             reports.append(report)
-    if problems:
-        raise InputError(*problems)
-    if len(reports) == 1:
-        return parts, copy.deepcopy(reports[0])
-    whole = DataReport(getattr(args, f"{split}_dataset_path"))
+    refuse(problems)
+    whole = DataReport(reports[0].path if len(reports) == 1 else getattr(args, f"{split}_dataset_path"))
     for report in reports:
         whole.add(report)
     return parts, whole
 
 
-def held_out_prompts(pairs: Iterable[Pair], share: float) -> set[str]:
+def held_out_prompts(keys: set[str], share: float) -> set[str]:
     """The keys of a share of the prompts, at least one and never all: decided by the prompts alone, not their order."""
-    keys = sorted({pair.prompt_key for pair in pairs})
-    return set(keys[: min(max(1, round(share * len(keys))), len(keys) - 1)])
+    return set(sorted(keys)[: min(max(1, round(share * len(keys))), len(keys) - 1)])
 
 
 def weighted(pairs: list[Pair], weight: float, seed: int) -> list[Pair]:
@@ -1741,7 +1722,7 @@ def divide(
         if len(keys) < 2:
             where = describe("test_dataset_path", args.test_dataset_path)
             raise InputError(f"{where}: nothing can be held out of {train}, which has one prompt only; name test data")
-        held = held_out_prompts(itertools.chain(*parts), args.test_share)
+        held = held_out_prompts(keys, args.test_share)
         test_pairs = [pair for part in parts for pair in part if pair.prompt_key in held]
         parts = [[pair for pair in part if pair.prompt_key not in held] for part in parts]
         test = DataReport(f"held out of {train.path}", rows=len(test_pairs), prompts=len(held))
@@ -1757,7 +1738,7 @@ def pairs_digest(pairs: Iterable[Pair]) -> str:
     """SHA-256 of what the pairs say, wherever they come from."""
     digest = hashlib.sha256()
     for pair in pairs:
-        digest.update(repr(pair.content).encode("utf-8", "surrogatepass"))
+        digest.update(repr(pair.content).encode())
     return digest.hexdigest()
 
 
@@ -1892,14 +1873,10 @@ def pick_soft_prompt(found: Mapping[str, Any], hidden_size: int | None) -> Any:
     keys = keys or [key for key, value in found.items() if not soft_prompt_problem(value, hidden_size)]
     if len(keys) == 1:
         return found[keys[0]]
-    listed = ", ".join(
-        f"{shortened(repr(key), 100)} {describe_tensor(value)}"
-        for key, value in list(found.items())[:MAX_LISTED_PROBLEMS]
-    )
-    more = ", …" * (len(found) > MAX_LISTED_PROBLEMS)
+    listed = first_few([f"{shortened(repr(key), 100)} {describe_tensor(value)}" for key, value in found.items()])
     both = " and ".join(shortened(repr(key), 100) for key in keys[:2])
     what = f"is ambiguous, {both} could be the soft prompt" if keys else "holds none"
-    raise ValueError(f"{what}: found {listed or 'nothing'}{more}; {expected_soft_prompt(hidden_size)}")
+    raise ValueError(f"{what}: found {listed or 'nothing'}; {expected_soft_prompt(hidden_size)}")
 
 
 def describe_tensor(value: Any) -> str:
@@ -2275,13 +2252,6 @@ def shorter_histories(history: tuple[Message, ...] | None) -> Iterator[tuple[Mes
             yield system + turns[start:]
 
 
-def pair_from_json(text: str) -> Pair:
-    """The pair whose fields these are."""
-    fields = json.loads(text)
-    history = fields.pop("history")
-    return Pair(**fields, history=None if history is None else tuple(map(tuple, history)))
-
-
 def tokenize_pairs(pairs: Sequence[Pair], report: DataReport, tokenize: PairTokenizer) -> list[TokenizedPair]:
     """Tokenises all pairs of a data set; from `MANY_PAIRS` on in several processes, and kept on disk.
 
@@ -2289,18 +2259,15 @@ def tokenize_pairs(pairs: Sequence[Pair], report: DataReport, tokenize: PairToke
         InputError: no pair is left.
     """
 
-    def encode(row: Mapping[str, str]) -> dict[str, Any]:
-        """Token ids of a pair, and what is to be reported of it."""
-        of_row = DataReport(report.path)
-        ids = tokenize(pair_from_json(row["pair"]), of_row)
+    def encode(row: Mapping[str, Any]) -> dict[str, Any]:
+        """Token ids of the pair whose fields these are, and what is to be reported of it."""
+        of_row, history = DataReport(report.path), row["history"]
+        pair = Pair(**{**row, "history": None if history is None else tuple(map(tuple, history))})
+        ids = tokenize(pair, of_row)
         cut = {"prompts_cut": of_row.truncated_prompts, "answers_cut": of_row.truncated_answers}
-        return (
-            {name: getattr(ids, name, []) for name in ID_FIELDS}
-            | cut
-            | {"dropped": next((reason for reason, _ in of_row.dropped), "")}
-        )
+        return {name: getattr(ids, name, []) for name in ID_FIELDS} | cut | {"dropped": next(iter(of_row.dropped), "")}
 
-    rows = [{"pair": json.dumps(dataclasses.asdict(pair))} for pair in pairs]
+    rows = list(map(dataclasses.asdict, pairs))
     if len(pairs) < MANY_PAIRS:
         encoded = map(encode, rows)
     else:
@@ -2436,14 +2403,8 @@ def pack_row(triples: Iterable[tuple[list[int], list[int], list[int]]]) -> Packe
         targets += chosen + rejected
         answer_index += [2 * pair] * len(chosen) + [2 * pair + 1] * len(rejected)
         trees.append(Tree(start, chosen_start, rejected_start, end))
-    return PackedRow(
-        torch.tensor([ids]),
-        torch.tensor([positions]),
-        torch.tensor(score_positions),
-        torch.tensor(targets),
-        torch.tensor(answer_index),
-        tuple(trees),
-    )
+    columns = ([ids], [positions], score_positions, targets, answer_index)
+    return PackedRow(*map(torch.tensor, columns), tuple(trees))
 
 
 class PairDataset(Dataset):
@@ -2507,9 +2468,6 @@ class PairSampler(Sampler):
         self.update_size = pairs_per_update * world_size
         self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def _forwards_in(self, update_size: int) -> int:
         return math.ceil(math.ceil(update_size / self.world_size) / self.pairs_per_forward)
 
@@ -2551,7 +2509,7 @@ class PairLoader(DataLoader):
         super().__init__(dataset, batch_sampler=sampler, collate_fn=collate_pairs, generator=torch.Generator())
 
     def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
+        self.batch_sampler.epoch = epoch
 
 
 # ======================================================================================================================
@@ -2650,9 +2608,9 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
     return next((path for path in reversed(checkpoints(output_dir)) if is_complete(path, read=True)), None)
 
 
-def skipped_checkpoints(output_dir: Path) -> list[Path]:
+def skipped_checkpoints(output_dir: Path, newest: Path | None) -> list[Path]:
     """Checkpoints after the newest complete one: an interruption or a full disk cut them short, or they are damaged."""
-    newest, found = newest_checkpoint(output_dir), checkpoints(output_dir)
+    found = checkpoints(output_dir)
     return found[found.index(newest) + 1 :] if newest else found
 
 
@@ -2733,8 +2691,7 @@ class ReferenceCache:
             if file is not None and os.path.lexists(file):
                 return self.load(file, size)
         except (OSError, ValueError, SafetensorError) as error:
-            reason = shortened(str(error).replace("\n", " "))
-            print(f"notice: {file} cannot be used: {reason}; it will be replaced", flush=True)
+            print(f"notice: {file} cannot be used: {brief(error)}; it will be replaced", flush=True)
         return torch.full((size, 2), math.nan)
 
     def write(self, file: Path | None, logps: torch.Tensor) -> None:
@@ -2961,8 +2918,7 @@ def bitsandbytes_problem(on_gpu: bool) -> str | None:
     try:
         from bitsandbytes.cextension import lib
     except Exception as error:  # whatever its libraries raise when they are loaded
-        reason = shortened(" ".join(str(error).split()))
-        return f"bitsandbytes cannot be loaded ({type(error).__name__}: {reason}); {install}"
+        return f"bitsandbytes cannot be loaded ({type(error).__name__}: {brief(error)}); {install}"
     if on_gpu and not lib.compiled_with_cuda:
         return (
             f"bitsandbytes has no library for this PyTorch's CUDA ({torch.version.cuda}), so that it cannot use the "
@@ -3077,6 +3033,7 @@ def context_limits(config) -> dict[str, int]:
     slides = slides and getattr(config, "use_sliding_window", True)
     window = getattr(config, "sliding_window", None) if slides else None
     limits = {"context": getattr(config, "max_position_embeddings", None), "sliding attention window": window}
+    limits["chunk that attention sees"] = getattr(config, "attention_chunk_size", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":  # beyond, a row's longest pair would decide on the rotation of all
         limits["range of the short LongRoPE factors"] = rope.get("original_max_position_embeddings")
@@ -3098,13 +3055,9 @@ def prefix_problems(config, args: ScriptArguments, num_virtual_tokens: int) -> l
 def context_problems(config, args: ScriptArguments, prefix: Prefix, pairs: Sequence[TokenizedPair]) -> list[str]:
     """Why the longest of the prefixed pairs does not fit the model."""
     longest = max(len(p.pref_prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
-    name = {
-        "text": "PREFERENCE_TEXT",
-        "embedding": f"PROMPT_EMBEDDING_PATH with {prefix.num_virtual_tokens} embeddings",
-        "ptuning": f"NUM_VIRTUAL_TOKENS {prefix.num_virtual_tokens}",
-    }[args.training_mode]
-    if args.soft_prompt_setting == "adapter_path":
-        name = f"ADAPTER_PATH with {prefix.num_virtual_tokens} embeddings"
+    name = "PREFERENCE_TEXT"
+    if soft := prefix.num_virtual_tokens:
+        name = f"{(args.soft_prompt_setting or 'num_virtual_tokens').upper()} with {soft} embeddings"
     return [
         f"MAX_LENGTH (--max_length) is {args.max_length}: with the prefix ({name}) a sequence has {longest} tokens, "
         f"but the model's {what} is {limit}; lower MAX_LENGTH or use a shorter prefix"
@@ -3245,6 +3198,11 @@ def adapter_settings(path: str) -> dict[str, Any]:
     return settings
 
 
+def files_digest(*files: Path) -> str:
+    """SHA-256 of what files hold, one after another."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def adapter_files(path: str) -> list[Path]:
     """Configuration and weights of an adapter; ValueError where it has no weights."""
     folder = expanded(path)
@@ -3373,14 +3331,6 @@ def saved_adapter(model: PreTrainedModel, args: ScriptArguments) -> PeftModel:
         if not all(torch.equal(loaded[name].float().cpu(), value) for name, value in found.items()):
             raise SelfCheckError(f"PEFT has loaded other matrices than {args.adapter_path} holds")
     return policy
-
-
-def adapter_identity(policy: PeftModel) -> str:
-    """SHA-256 of an adapter's matrices and of the factors that they are scaled by."""
-    state = get_peft_model_state_dict(policy, save_embedding_layers=False)
-    scalings = {name: layer.scaling for name, layer in policy.named_modules() if isinstance(layer, LoraLayer)}
-    content = save_bytes({name: value.detach().cpu().contiguous() for name, value in state.items()})
-    return hashlib.sha256(content + json.dumps(scalings, sort_keys=True).encode()).hexdigest()
 
 
 def describe_reference(args: ScriptArguments) -> str:
@@ -5087,7 +5037,7 @@ def largest_forward(args: ScriptArguments, dataset: PairDataset, ranks: int) -> 
     )
     largest: list[int] = []
     for epoch in range(min(math.ceil(args.num_epochs), math.ceil(10**6 / len(dataset)))):
-        sampler.set_epoch(epoch)
+        sampler.epoch = epoch
         forwards = itertools.chain([largest], *sampler.updates())
         largest = max(forwards, key=lambda forward: sum(dataset.lengths[index] for index in forward))
     return largest
@@ -6115,8 +6065,7 @@ def resolve_nodes(gpu_nodes: str, hostfile: str) -> tuple[Node, ...]:
     if len(nodes) < 2 and not problems:
         what = "is one node only; for this machine's GPUs say localhost:0,1, for another's start ./fast_train.sh there"
         problems.append(f"{where}: {nodes[0] if nodes else 'nothing'} {what}")
-    if problems:
-        raise InputError(*problems)
+    refuse(problems)
     return nodes
 
 
@@ -6427,8 +6376,7 @@ def ready_nodes(args: ScriptArguments, devices: Devices) -> Devices:
     if len(addresses) > 1 and not args.master_addr:
         what = f"the nodes reach this machine at {', '.join(addresses)}; name the one that all reach in MASTER_ADDR"
         problems.append(f"{variable('gpu_nodes')}: {what}")
-    if problems:
-        raise InputError(*problems)
+    refuse(problems)
     second = answers[1][0]
     return dataclasses.replace(devices, address=second["address"], port=second["port"])
 
@@ -6493,11 +6441,9 @@ def recorded_settings(args: ScriptArguments, devices: Devices, pairs: Mapping[st
     settings["zero_stage"] = zero_of(args)["stage"]  # each writes checkpoints of its own
     digests = {f"the {split} data": pairs_digest(of_split) for split, of_split in pairs.items()}
     if args.prompt_embedding_path:
-        file = soft_prompt_file(expanded(args.prompt_embedding_path))
-        digests["the soft prompt"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        digests["the soft prompt"] = files_digest(soft_prompt_file(expanded(args.prompt_embedding_path)))
     if args.adapter_path:
-        content = b"".join(file.read_bytes() for file in adapter_files(args.adapter_path))
-        digests["the adapter of ADAPTER_PATH"] = hashlib.sha256(content).hexdigest()
+        digests["the adapter of ADAPTER_PATH"] = files_digest(*adapter_files(args.adapter_path))
     return settings | {"ranks": devices.ranks, "device": "gpu" if devices.on_gpu else "cpu", "content": digests}
 
 
@@ -6839,8 +6785,7 @@ def ds_config_problems(args: ScriptArguments, devices: Devices | None) -> list[s
     try:
         DeepSpeedZeroConfig(**{name: value for name, value in zero.items() if value != "auto"})
     except ValueError as error:
-        reason = shortened(" ".join(str(error).split()))
-        return [*problems, f"{where}: zero_optimization cannot be used: {reason}; mend it"]
+        return [*problems, f"{where}: zero_optimization cannot be used: {brief(error)}; mend it"]
     if old := [name for name in ("cpu_offload", "cpu_offload_param") if zero.get(name)]:
         return [*problems, f"{where}: zero_optimization.{old[0]} is a name of old; leave it out and set OFFLOAD"]
     if args.zero_stage not in ONLY["zero_stage"][0] or args.offload not in ONLY["offload"][0]:
@@ -6902,8 +6847,7 @@ def soft_prompt_size(args: ScriptArguments) -> int | None:
         embeddings = read_soft_prompt(getattr(args, name), embedding_size(config) if config else None, name)
         size = None if embeddings is None else len(embeddings)
     problems = prefix_problems(config, args, size) if config and size else []
-    if problems:
-        raise InputError(*problems)
+    refuse(problems)
     return size
 
 
@@ -6971,8 +6915,7 @@ def check_inputs(
         check({args.soft_prompt_setting, "policy_model_path"}, soft_prompt_size, args)
     if args.resume and not args.evaluate_only and not problems:
         check(set(), lambda: require_same_settings(args, recorded_settings(args, devices, divided[0])))
-    if problems:
-        raise InputError(*problems)
+    refuse(problems)
     return devices, *divided
 
 
@@ -7183,7 +7126,8 @@ def describe_prefix(args: ScriptArguments) -> str:
 def describe_output(args: ScriptArguments) -> str:
     """The output folder and what becomes of an earlier run in it."""
     if args.resume:
-        newest, skipped = newest_checkpoint(args.output_path), skipped_checkpoints(args.output_path)
+        newest = newest_checkpoint(args.output_path)
+        skipped = skipped_checkpoints(args.output_path, newest)
         incomplete = "".join(f"; {path.name} is incomplete or damaged and skipped" for path in skipped)
         start = f"resumed from {newest.name}" if newest else "begun again: no checkpoint in it is complete"
         return f"{args.output_dir}, {start}{incomplete}"
@@ -7399,8 +7343,7 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def remembered(*arguments: Any) -> Any:
         result, problems = outcome(*arguments)
-        if problems:
-            raise InputError(*problems)
+        refuse(problems)
         return result
 
     return remembered
@@ -7487,8 +7430,7 @@ def decide(runs: Sequence[SweepRun], checked: Sequence[Checked]) -> list[SweepRu
     for run, (devices, pairs, _) in zip(runs, checked, strict=True):
         outcomes.append(problems_of(decided, run, recorded_settings(run.args, devices, pairs)))
     problems = [problem for _, failed in outcomes for problem in failed]
-    if problems:
-        raise InputError(*problems)
+    refuse(problems)
     runs = [run for run, _ in outcomes]
     finished = {run.name: settings_in(run.args.output_path)["content"] for run in runs if run.fate == "keep"}
     models = {content.get("the base model"): name for name, content in finished.items()}
@@ -7753,7 +7695,7 @@ def train(
     require_equal_nodes(args, devices, pairs, content)
     policy, soft_prompt, first_scores = build_policy_in_memory(args, model, hf_args.device, start, datasets["train"])
     if args.adapter_path and args.starts_as_reference:
-        identity["adapter"] = adapter_identity(policy)
+        identity["adapter"] = files_digest(*adapter_files(args.adapter_path))
     cache = ReferenceCache(args.reference_cache_path, identity, weights_digest(soft_prompt) if soft_prompt else "")
     used = fitting_settings(args, hf_args, policy, datasets["train"])
     if used.pairs_per_forward < args.pairs_per_forward:
@@ -7822,7 +7764,7 @@ def require_equal_nodes(
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in own}
     content = recorded_settings(args, devices, pairs)["content"] | content
     for what, path in (("the program", Path(__file__)), ("the file of DS_CONFIG", args.ds_config_path)):
-        content[what] = hashlib.sha256(path.read_bytes()).hexdigest()
+        content[what] = files_digest(path)
     content |= {f"the version of {name}": importlib.metadata.version(name) for name in packages_of(args)}
     everyone = of_every_rank((this_node(devices), settings, content))
     first, *expected = everyone[0]
@@ -7835,8 +7777,7 @@ def require_equal_nodes(
         for what in expected[1] | theirs[1]:
             if theirs[1].get(what) != expected[1].get(what):
                 problems[f"{what} is not the same on {node} as on {first}; copy it from one to the other"] = None
-    if problems:
-        raise InputError(*problems)
+    refuse(problems)
 
 
 def is_one_folder(folder: Path, devices: Devices, is_first: bool) -> bool:
@@ -7923,8 +7864,7 @@ def tokenize_datasets(
     tokenized = [pair for dataset in datasets.values() for pair in dataset.pairs]
     problems = vocabulary_problems(config, args.policy_model_path, tokenized)
     problems += context_problems(config, args, prefix, tokenized)
-    if problems:
-        raise InputError(*problems)
+    refuse(problems)
     return datasets
 
 
@@ -7990,8 +7930,7 @@ def choose_prefix(
         start = initial_ids(args, tokenizer, config)
     prefix = Prefix(args.preference_text) if start is None else Prefix(num_virtual_tokens=len(start))
     problems = prefix_problems(config, args, prefix.num_virtual_tokens)
-    if problems:
-        raise InputError(*problems)
+    refuse(problems)
     return prefix, start
 
 

@@ -310,16 +310,16 @@ def test_adapters_that_peft_made_score_as_in_peft(settings, tokenizer, tokenized
     assert torch.equal(T.teacher_logps(policy, pack(tokenized)), changed) and not torch.equal(changed, expected)
 
 
-def test_an_adapters_identity_is_its_matrices_and_scaling(tokenizer, tmp_path):
+def test_an_adapters_identity_is_its_files_matrices_and_scaling(tokenizer, tmp_path):
     """The cache of a reference must not serve another one."""
     variants = {"a": {}, "same": {}, "alpha": {"lora_alpha": 7}, "rslora": {"use_rslora": True}}
     found = {}
     for name, settings in variants.items():
         peft_adapter(tmp_path / name, tokenizer, **settings)
-        found[name] = T.adapter_identity(opened(tmp_path / name, tokenizer))
+        found[name] = T.files_digest(*T.adapter_files(str(tmp_path / name)))
     state = load_file(tmp_path / "a/adapter_model.safetensors")
     save_file({name: value + 1e-6 for name, value in state.items()}, tmp_path / "a/adapter_model.safetensors")
-    found["matrices"] = T.adapter_identity(opened(tmp_path / "a", tokenizer))
+    found["matrices"] = T.files_digest(*T.adapter_files(str(tmp_path / "a")))
     assert found["a"] == found["same"] and len(set(found.values())) == 4
 
 

@@ -196,7 +196,7 @@ def test_pairs_that_cannot_teach_are_dropped_and_counted(tmp_path):
     pairs, report = T.read_pairs(path)
     assert [p.row for p in pairs] == [1, 8]
     assert (report.rows, report.usable) == (7, 2)
-    assert sorted(report.dropped.values()) == [[2, 3, 7], [4, 5]]
+    assert sorted([row for _, row in places] for places in report.dropped.values()) == [[2, 3, 7], [4, 5]]
     assert report.describe_dropped() == "3 with an empty answer (rows 2, 3, 7); 2 with identical answers (rows 4, 5)"
 
 
@@ -505,6 +505,18 @@ FORMATS = {  # name → (fields, the format recognised, prompt, history)
         "Q?",
         LONGER[1:],
     ),
+    "the assistant speaks first": (
+        {"chosen": [EARLIER[1], USER, ANSWER], "rejected": [EARLIER[1], USER, OTHER]},
+        "messages",
+        "Q?",
+        LONGER[2:],
+    ),
+    "the assistant speaks first, the prompt beside as well": (
+        {"prompt": "Q?", "chosen": [EARLIER[1], USER, ANSWER], "rejected": [EARLIER[1], USER, OTHER]},
+        "messages",
+        "Q?",
+        LONGER[2:],
+    ),
     "parts of text": (
         {
             "chosen": [{**USER, "content": [{"type": "text", "text": "Q"}, {"type": "text", "text": "?"}]}, ANSWER],
@@ -792,8 +804,7 @@ def test_a_share_of_the_prompts_is_held_out(tmp_path):
 )
 def test_how_many_prompts_are_held_out(share, prompts, held):
     """At least one, and never all; 0.5 × 9 is rounded to the even 4."""
-    pairs = [T.Pair(str(n), "a", "b", n) for n in range(prompts)]
-    assert len(T.held_out_prompts(pairs, share)) == held
+    assert len(T.held_out_prompts({str(n) for n in range(prompts)}, share)) == held
 
 
 def test_the_history_is_part_of_the_prompt():

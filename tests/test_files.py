@@ -45,11 +45,11 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_skipped(tmp_path, damage):
     older, newer = checkpoint(tmp_path, 5), checkpoint(tmp_path, 10)
-    assert T.newest_checkpoint(tmp_path) == newer and T.skipped_checkpoints(tmp_path) == []
+    assert T.newest_checkpoint(tmp_path) == newer and T.skipped_checkpoints(tmp_path, newer) == []
     DAMAGE[damage](newer)
-    assert T.newest_checkpoint(tmp_path) == older and T.skipped_checkpoints(tmp_path) == [newer]
+    assert T.newest_checkpoint(tmp_path) == older and T.skipped_checkpoints(tmp_path, older) == [newer]
     DAMAGE[damage](older)
-    assert T.newest_checkpoint(tmp_path) is None and T.skipped_checkpoints(tmp_path) == [older, newer]
+    assert T.newest_checkpoint(tmp_path) is None and T.skipped_checkpoints(tmp_path, None) == [older, newer]
 
 
 def test_checkpoints_are_ordered_by_number_and_renamed_ones_left_alone(tmp_path):

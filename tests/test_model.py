@@ -16,6 +16,7 @@ from transformers import (
     Lfm2Config,
     LlamaConfig,
     OPTConfig,
+    Llama4TextConfig,
     Phi3Config,
     Qwen2Config,
 )
@@ -120,12 +121,14 @@ def test_the_forward_of_another_kind_of_model_is_named(model, tokenized, monkeyp
 
 
 def test_what_limits_a_models_length():
-    """A window counts where a layer has one, and LongRoPE up to where its factors change, for all pairs of a row."""
+    """A window or a chunk counts where a layer has one, and LongRoPE up to where its factors change, for all pairs of a row."""
     window = "sliding attention window"
     config = Qwen2Config(use_sliding_window=True, sliding_window=50, num_hidden_layers=2, max_window_layers=1)
     assert T.context_limits(config)[window] == 50
     config.layer_types = ["full_attention"] * 2
     assert window not in T.context_limits(config)
+    chunked = T.context_limits(Llama4TextConfig(attention_chunk_size=64, max_position_embeddings=512))
+    assert chunked == {"context": 512, "chunk that attention sees": 64}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = Phi3Config(hidden_size=32, num_attention_heads=4, max_position_embeddings=512, pad_token_id=0)
     config.rope_parameters = rope | {"original_max_position_embeddings": 64}
@@ -147,7 +150,7 @@ def test_the_adapter_starts_at_zero_and_alone_is_trained(tokenizer):
 MODES = {  # mode → what the error calls the prefix, with K soft embeddings
     "text": "PREFERENCE_TEXT",
     "embedding": "PROMPT_EMBEDDING_PATH with {} embeddings",
-    "ptuning": "NUM_VIRTUAL_TOKENS {}",
+    "ptuning": "NUM_VIRTUAL_TOKENS with {} embeddings",
 }
 
 

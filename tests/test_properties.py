@@ -93,7 +93,8 @@ def test_rows_are_read_as_they_were_written(folder, rows, newline, start, end):
         return
     pairs, report = T.read_pairs(path, data_format="plain")  # else answers that repeat their prompt might lose it
     assert pairs == usable
-    assert sorted(report.dropped.values()) == sorted(dropped for dropped in (empty, same) if dropped)
+    dropped = [[row for _, row in places] for places in report.dropped.values()]
+    assert sorted(dropped) == sorted(rows for rows in (empty, same) if rows)
     assert (report.rows, report.usable) == (len(rows), len(usable))
 
 
@@ -155,7 +156,7 @@ def test_any_line_is_a_pair_or_an_error_that_names_its_row(folder, line):
             pair and pair.chosen.strip() and pair.rejected.strip() and pair.chosen.strip() != pair.rejected.strip()
         )
         assert pairs == [around[0], *([pair] if teaches else []), around[1]]
-        assert sum(report.dropped.values(), []) == ([2] if pair and not teaches else [])
+        assert sum(report.dropped.values(), []) == ([(str(path), 2)] if pair and not teaches else [])
         assert report.rows == 2 + bool(line.strip())
 
 
@@ -243,7 +244,7 @@ def test_ids_of_a_pair(tokenizers, name, prefix, prompt, answers, prompt_room, a
     cut = [answer[:room] for answer in full]
     assert room >= answer_room >= 1
     if min(map(len, full)) == 1 or cut[0] == cut[1]:
-        assert done is None and list(report.dropped.values()) == [[7]] and report.usable == 0
+        assert done is None and list(report.dropped.values()) == [[("", 7)]] and report.usable == 0
         return
     virtual = [-1 - k for k in range(prefix.num_virtual_tokens)]
     assert done.prompt_ids == plain
@@ -533,7 +534,7 @@ def dealt(world_size: int, epoch: int, **options) -> list:
     ranks = []
     for rank in range(world_size):
         sampler = T.PairSampler(rank=rank, world_size=world_size, **options)
-        sampler.set_epoch(epoch)
+        sampler.epoch = epoch
         ranks.append(list(sampler))
         assert len(sampler) == len(ranks[-1])
     return ranks

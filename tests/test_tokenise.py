@@ -581,7 +581,7 @@ def test_answers_that_are_the_same_once_cut_are_dropped(joins_newlines, chosen, 
     options = {"max_length": prompt_length + room, "max_prompt_length": prompt_length}
     done, report = run(joins_newlines, pair("Two?", chosen, rejected, row=7), **options)
     assert (done is not None) == kept
-    assert list(report.dropped.values()) == ([] if kept else [[7]])
+    assert list(report.dropped.values()) == ([] if kept else [[("", 7)]])
     if not kept:
         assert (report.truncated_answers, report.usable) == (0, 0)
         assert "MAX_LENGTH (row 7)" in report.describe_dropped()
@@ -590,7 +590,7 @@ def test_answers_that_are_the_same_once_cut_are_dropped(joins_newlines, chosen, 
 @pytest.mark.parametrize("field", ["chosen", "rejected"])
 def test_an_answer_that_is_only_the_end_token_is_empty(tokenizer, field):
     done, report = run(tokenizer, pair(**{field: END}))
-    assert done is None and list(report.dropped.values()) == [[1]]
+    assert done is None and list(report.dropped.values()) == [[("", 1)]]
 
 
 def test_pairs_of_a_file(tokenizer, pairs, tokenize):
@@ -598,7 +598,7 @@ def test_pairs_of_a_file(tokenizer, pairs, tokenize):
     same = pair(chosen="Four." + END, rejected="Four.", row=7)
     done = T.tokenize_pairs([*pairs, same], report, tokenize)
     assert [one.source.row for one in done] == [1, 2, 3, 4, 5, 6]
-    assert (report.usable, list(report.dropped.values())) == (6, [[7]])
+    assert (report.usable, list(report.dropped.values())) == (6, [[("", 7)]])
     with pytest.raises(T.InputError, match=r"data file memory: none .*row 7"):
         T.tokenize_pairs([same], T.DataReport(Path("memory"), rows=1), tokenize)
 
