@@ -535,7 +535,7 @@ def source_problems(args: ScriptArguments) -> list[str]:
 
 OF_NODES = ("hostfile", "node_rank", "master_addr", "master_port")  # how the nodes find each other; they change no run
 LAUNCHERS_OWN = ("plan", "sweep_table", "sweep_failed")  # flags that fast_train.sh adds; they change no run
-CHANGE_NO_FIGURE = (
+CHANGE_NO_FIGURE = (  # all that a run's results do not depend on, but for where it reads from
     *(*LAUNCHERS_OWN, *OF_NODES, "gpu_nodes", "cpu_ranks", "offload", "preset", "resume", "overwrite"),
     *("output_dir", "log_dir", "reference_cache", "eval_steps"),
 )
@@ -2468,6 +2468,10 @@ class PairSampler(Sampler):
         self.update_size = pairs_per_update * world_size
         self.epoch = 0
 
+    def set_epoch(self, epoch: int) -> None:
+        """Called by `PairLoader` and, where a resumed run skips batches, by accelerate."""
+        self.epoch = epoch
+
     def _forwards_in(self, update_size: int) -> int:
         return math.ceil(math.ceil(update_size / self.world_size) / self.pairs_per_forward)
 
@@ -2509,7 +2513,7 @@ class PairLoader(DataLoader):
         super().__init__(dataset, batch_sampler=sampler, collate_fn=collate_pairs, generator=torch.Generator())
 
     def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.epoch = epoch
+        self.batch_sampler.set_epoch(epoch)
 
 
 # ======================================================================================================================
@@ -5037,7 +5041,7 @@ def largest_forward(args: ScriptArguments, dataset: PairDataset, ranks: int) -> 
     )
     largest: list[int] = []
     for epoch in range(min(math.ceil(args.num_epochs), math.ceil(10**6 / len(dataset)))):
-        sampler.epoch = epoch
+        sampler.set_epoch(epoch)
         forwards = itertools.chain([largest], *sampler.updates())
         largest = max(forwards, key=lambda forward: sum(dataset.lengths[index] for index in forward))
     return largest
@@ -5081,14 +5085,15 @@ def as_in_training(args: ScriptArguments, policy: PeftModel, reserved: int) -> I
                 module.training = mode
 
 
+# What the allocator of the CPU says, and CUDA and its libraries, whose own memory is not the GPU allocator's.
+NO_MEMORY = re.compile(
+    "DefaultCPUAllocator: can't allocate memory|not enough memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+)
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU, or the allocator of the CPU, had no memory left."""
-    beside_allocators = (
-        "CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"  # a GPU's libraries have memory of their own
-    )
-    of_cpu = "DefaultCPUAllocator: can't allocate memory|not enough memory"
-    said = re.search(f"{beside_allocators}|{of_cpu}", str(error))
-    return isinstance(error, torch.OutOfMemoryError) or said is not None
+    """Whether a GPU or the CPU had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(str(error)) is not None
 
 
 def probe(args: ScriptArguments, policy: PeftModel, pairs: Sequence[Mapping[str, Any]], reserved: int) -> None:

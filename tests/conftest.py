@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -194,6 +195,28 @@ def launch(variables: dict[str, str], *flags: str, cwd: Path, timeout: int = 400
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
     command = ["bash", str(PROJECT / "fast_train.sh"), *flags]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, **options)
+
+
+PLAN = ("INCLUDE=localhost:0", "MASTER_PORT=29500", "DEVICE=cpu", "OUTPUT=/nowhere/out", "LOGS=/nowhere/logs")
+
+
+def launch_stub(folder: Path, variables: dict[str, str], *plan: str):
+    """Runs a dry ./fast_train.sh beside a module that prints a plan, and no more: what bash makes of it, at once.
+
+    Args:
+        plan: lines that come after those of `PLAN`.
+    """
+    project, work = folder / "project", folder / "work"
+    project.mkdir(), work.mkdir()
+    for name in ("fast_train.sh", "requirements.txt", "requirements-bundled.txt"):
+        shutil.copy(PROJECT / name, project / name)
+    (project / forkserver.PROGRAM.name).write_text(f"print({chr(10).join((*PLAN, *plan))!r})")
+    own_python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # else the copy would set up its own
+    environment = {**os.environ, "PATH": own_python, "POLICY_MODEL_PATH": "a/model", "DRY_RUN": "1", **variables}
+    command = ["bash", str(project / "fast_train.sh")]
+    result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=60)
+    assert list(work.iterdir()) == [] and not (project / ".venv").exists()
+    return result
 
 
 def free_port() -> int:

@@ -168,7 +168,7 @@ def deal(count, per_update, per_forward, world, seed=None, epoch=0, lengths=None
     ranks = []
     for rank in range(world):
         sampler = T.PairSampler(lengths, per_update, per_forward, rank, world, seed)
-        sampler.epoch = epoch
+        sampler.set_epoch(epoch)
         ranks.append(list(sampler))
         assert len(sampler) == len(ranks[-1])
     return ranks
@@ -269,9 +269,9 @@ def test_each_epoch_begins_anew():
     sampler = T.PairSampler([1] * 12, 4, 4, seed=42)
     first = list(sampler)
     assert list(sampler) == first
-    sampler.epoch = 1
+    sampler.set_epoch(1)
     assert list(sampler) != first
-    sampler.epoch = 0
+    sampler.set_epoch(0)
     assert list(sampler) == first
 
 

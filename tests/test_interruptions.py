@@ -270,7 +270,7 @@ MOMENTS = {
 }
 
 
-ALSO = ("scoring the reference", "evaluating")  # much like training
+ALSO = ("scoring the reference", "evaluating", "saving")  # much like training
 
 
 @pytest.mark.parametrize("moment", [pytest.param(m, marks=[pytest.mark.slow] * (m in ALSO)) for m in MOMENTS])
@@ -309,7 +309,9 @@ def test_a_signal_while_the_model_is_converted_leaves_no_half_model(tiny_run, bu
 
 
 @pytest.mark.skipif(RANKS < 2, reason="two ranks need two cores")
-@pytest.mark.parametrize("killed", ["train_with_preference_prompt.py", "deepspeed.launcher.launch"])
+@pytest.mark.parametrize(
+    "killed", ["train_with_preference_prompt.py", pytest.param("deepspeed.launcher.launch", marks=pytest.mark.slow)]
+)
 def test_a_killed_process_ends_the_others(killed, tiny_run, tmp_path):
     """A rank, or DeepSpeed's own launcher, whose death it would pass on as success."""
     variables = {**tiny_run, "NUM_EPOCHS": "100000", "EVAL_STEPS": "1", "CPU_RANKS": "2"}

@@ -1,5 +1,6 @@
 """Launcher: every variable reaches Python unchanged, mistakes end before training."""
 
+import io
 import os
 import re
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import forkserver
 import pytest
 import torch
-from conftest import PROJECT, launch, parse
+from conftest import PROJECT, launch, launch_stub, parse
 
 import train_with_preference_prompt as T
 
@@ -85,22 +86,29 @@ def test_a_dry_run_trains_and_writes_nothing(dry):
         assert phrase in dry["result"].stderr
 
 
+def plan(variables: dict[str, str], cwd):
+    """What the module says and prints when the launcher asks it for the plan."""
+    flags = [f"--{name.lower()}={value}" for name, value in {**variables, "PLAN": "true"}.items()]
+    return forkserver.start(flags, {"MASTER_PORT": "0"}, cwd).wait()
+
+
 def test_a_soft_prompt_is_read_before_anything_starts(tiny_run, tmp_path_factory, tmp_path):
     soft = tmp_path_factory.mktemp("soft prompt") / "it's soft.pt"
     torch.save({"prompt_embeddings": torch.ones(7, 32)}, soft)  # 32 is the tiny model's hidden size
-    variables = {"TRAINING_MODE": "embedding", "PROMPT_EMBEDDING_PATH": str(soft), "DRY_RUN": "1"}
-    result = launch({**tiny_run, **variables}, cwd=tmp_path)
+    result = plan({**tiny_run, "TRAINING_MODE": "embedding", "PROMPT_EMBEDDING_PATH": str(soft)}, tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"7 soft embeddings from {soft}" in result.stderr
-    assert {f"--prompt_embedding_path={soft}", "--training_mode=embedding"} <= set(printed_command(result))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_cores_are_shared_evenly(tiny_run, tmp_path):
     cores = os.cpu_count()
-    result = launch({**tiny_run, "CPU_RANKS": str(cores), "DRY_RUN": "1"}, cwd=tmp_path)
-    assert f"--include=localhost:{','.join(map(str, range(cores)))}" in printed_command(result)
-    assert {f"LOCAL_SIZE={cores}", "OMP_NUM_THREADS=1"} <= set(printed_command(result))
+    planned = plan({**tiny_run, "CPU_RANKS": str(cores)}, tmp_path).stdout.splitlines()
+    include = f"localhost:{','.join(map(str, range(cores)))}"
+    own = [f"LOCAL_SIZE={cores}", "OMP_NUM_THREADS=1"]
+    assert {f"INCLUDE={include}", *own} <= set(planned)
+    words = printed_command(launch_stub(tmp_path, {}, f"INCLUDE={include}", *own))
+    assert {f"--include={include}", *own} <= set(words)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +139,7 @@ def test_cores_are_shared_evenly(tiny_run, tmp_path):
 )
 def test_mistakes_end_with_status_2_and_one_message(tiny_run, tmp_path, variables, phrases):
     """In the plan that the launcher asks for; test_bad_input shows that it passes messages and status on."""
-    flags = [f"--{name.lower()}={value}" for name, value in {**tiny_run, **variables, "PLAN": "true"}.items()]
-    result = forkserver.start(flags, {"MASTER_PORT": "0"}, tmp_path).wait()
+    result = plan({**tiny_run, **variables}, tmp_path)
     assert result.returncode == 2 and result.stdout == ""
     assert "Traceback" not in result.stderr and result.stderr.count("error:\n") == 1
     for phrase in phrases:
@@ -140,23 +147,20 @@ def test_mistakes_end_with_status_2_and_one_message(tiny_run, tmp_path, variable
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_compiler_the_cpu_path_says_so(tiny_run, tmp_path):
-    variables = {**tiny_run, "CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
-    result = launch(variables, cwd=tmp_path)
+def test_without_a_compiler_the_cpu_path_says_so(tmp_path):
+    result = launch_stub(tmp_path, {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")})
     assert result.returncode == 2 and "no C++ compiler (no-such-compiler) was found" in result.stderr
 
 
-def test_without_pythons_headers_the_cpu_path_says_so(tiny_run, tmp_path_factory, tmp_path):
+def test_without_pythons_headers_the_cpu_path_says_so(tmp_path):
     """They are a package of their own in Debian and others."""
-    site = tmp_path_factory.mktemp("site")
-    (site / "sitecustomize.py").write_text(
+    (tmp_path / "sitecustomize.py").write_text(
         "import sysconfig\nreal = sysconfig.get_path\n"
         "sysconfig.get_path = lambda name, *more: '/nowhere' if name == 'include' else real(name, *more)\n"
     )
-    variables = {**tiny_run, "PYTHONPATH": str(site), "TORCH_EXTENSIONS_DIR": str(tmp_path_factory.mktemp("none"))}
-    result = launch(variables, cwd=tmp_path)
+    variables = {"PYTHONPATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    result = launch_stub(tmp_path, variables)
     assert result.returncode == 2 and "has no Python.h, with which DeepSpeed compiles" in result.stderr
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -173,13 +177,17 @@ def test_the_launchers_own_words(tmp_path, variables, flags, phrase):
     assert result.returncode == 2 and phrase in result.stderr and list(tmp_path.iterdir()) == []
 
 
-def test_a_terminal_of_another_encoding_gets_every_message(tmp_path):
+def test_a_terminal_of_another_encoding_gets_every_message(monkeypatch):
     """What it cannot show is written as an escape."""
-    command = [sys.executable, str(forkserver.PROGRAM), "--training_mode=höflich"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=60)
-    assert result.returncode == 2 and result.stdout == b""
-    assert rb"TRAINING_MODE (--training_mode) is 'h\xf6flich': there is no such mode" in result.stderr
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="ascii") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    monkeypatch.setattr(sys, "argv", ["train", "--training_mode=höflich"])
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with pytest.raises(SystemExit, match="2"):
+        T.program()
+    said = streams["stderr"].buffer.getvalue()
+    assert rb"TRAINING_MODE (--training_mode) is 'h\xf6flich': there is no such mode" in said
 
 
 ALLOCATOR = [  # PyTorch reads the older name first
@@ -193,8 +201,8 @@ ALLOCATOR = [  # PyTorch reads the older name first
 
 
 @pytest.mark.parametrize(("given", "expected"), ALLOCATOR)
-def test_settings_of_the_allocator_are_kept(given, expected, tiny_run, tmp_path):
-    words = printed_command(launch({**tiny_run, **given, "DRY_RUN": "1"}, cwd=tmp_path))
+def test_settings_of_the_allocator_are_kept(given, expected, tmp_path):
+    words = printed_command(launch_stub(tmp_path, given))
     assert [word for word in words if "_ALLOC_CONF=" in word] == expected
 
 

@@ -534,7 +534,7 @@ def dealt(world_size: int, epoch: int, **options) -> list:
     ranks = []
     for rank in range(world_size):
         sampler = T.PairSampler(rank=rank, world_size=world_size, **options)
-        sampler.epoch = epoch
+        sampler.set_epoch(epoch)
         ranks.append(list(sampler))
         assert len(sampler) == len(ranks[-1])
     return ranks

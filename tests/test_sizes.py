@@ -83,7 +83,7 @@ def test_what_a_layer_keeps_is_what_a_forward_keeps(dtype, size, dropout, fused)
 
 
 # Peak GiB of runs with the bundled model, fp32, on a CPU (README, Guide), and the pairs of their largest forward.
-LIBRARIES = 0.65 * sizes.GIB  # what a process takes beside the model
+LIBRARIES = 0.72 * sizes.GIB  # what a process takes beside the model; imported alone they have 0.49
 HOLES = 1.15  # what the heap holds for activations, in terms of those that there are at the same time
 ANSWERS = ((56, 191, 244), (56, 117, 244), (128, 85, 100), (65, 16, 11))
 EIGHT = ((56, 191, 244),) * 2 + (
