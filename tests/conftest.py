@@ -197,6 +197,11 @@ def launch(variables: dict[str, str], *flags: str, cwd: Path, timeout: int = 400
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, **options)
 
 
+def own_python_first() -> str:
+    """A PATH for a copy of the project: without this Python in front it would set up one of its own."""
+    return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
 PLAN = ("INCLUDE=localhost:0", "MASTER_PORT=29500", "DEVICE=cpu", "OUTPUT=/nowhere/out", "LOGS=/nowhere/logs")
 
 
@@ -211,8 +216,13 @@ def launch_stub(folder: Path, variables: dict[str, str], *plan: str):
     for name in ("fast_train.sh", "requirements.txt", "requirements-bundled.txt"):
         shutil.copy(PROJECT / name, project / name)
     (project / forkserver.PROGRAM.name).write_text(f"print({chr(10).join((*PLAN, *plan))!r})")
-    own_python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # else the copy would set up its own
-    environment = {**os.environ, "PATH": own_python, "POLICY_MODEL_PATH": "a/model", "DRY_RUN": "1", **variables}
+    environment = {
+        **os.environ,
+        "PATH": own_python_first(),
+        "POLICY_MODEL_PATH": "a/model",
+        "DRY_RUN": "1",
+        **variables,
+    }
     command = ["bash", str(project / "fast_train.sh")]
     result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=60)
     assert list(work.iterdir()) == [] and not (project / ".venv").exists()

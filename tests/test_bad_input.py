@@ -1085,6 +1085,7 @@ def test_what_is_only_unusual_gets_its_plan(name, ground, server):
 @pytest.mark.parametrize(
     "name",
     [
+        "seven settings at once",
         "seven files and devices at once",
         "preference that is no UTF-8",
         "model with code of its own, looked at in the plan",

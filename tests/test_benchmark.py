@@ -22,7 +22,7 @@ def run(folder, *flags):
 
 
 def test_the_benchmark_runs(tmp_path):
-    sides = ("trl_precomputed", "padded_guided", "guided")
+    sides = ("trl_precomputed", "padded_guided", "plain", "guided")
     said, result = run(tmp_path, "--rounds", "1", "--together", "--sides", *sides)
     for side in sides:
         assert len(result[side]["seconds"]) == 1 and result[side]["pairs_per_second"] > 0

@@ -7,13 +7,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PROJECT, history, launch, output_of, series, start, train
+from conftest import PROJECT, history, launch, output_of, own_python_first, series, start, train
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_around import sabotaged
@@ -298,8 +297,7 @@ def test_a_signal_while_the_model_is_converted_leaves_no_half_model(tiny_run, bu
             shutil.copy(PROJECT / name, tmp_path / name)
     for name in ("requirements.txt", "requirements-bundled.txt"):
         shutil.copy(PROJECT / name, tmp_path / name)
-    own_python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # else the copy would set up its own
-    variables = {**tiny_run, "POLICY_MODEL_PATH": "", "PATH": own_python}
+    variables = {**tiny_run, "POLICY_MODEL_PATH": "", "PATH": own_python_first()}
     with Launcher(variables, tmp_path, tmp_path / "fast_train.sh") as launcher:
         launcher.wait_for(lambda: "converting the bundled model" in launcher.said())
         time.sleep(random.Random(0).uniform(0, 8))

@@ -99,6 +99,8 @@ def test_a_soft_prompt_is_read_before_anything_starts(tiny_run, tmp_path_factory
     assert result.returncode == 0, result.stderr
     assert f"7 soft embeddings from {soft}" in result.stderr
     assert list(tmp_path.iterdir()) == []
+    launched = launch_stub(tmp_path, {"TRAINING_MODE": "embedding", "PROMPT_EMBEDDING_PATH": str(soft)})
+    assert {f"--prompt_embedding_path={soft}", "--training_mode=embedding"} <= set(printed_command(launched))
 
 
 def test_cores_are_shared_evenly(tiny_run, tmp_path):

@@ -14,9 +14,9 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     OPTConfig,
-    Llama4TextConfig,
     Phi3Config,
     Qwen2Config,
 )
@@ -121,7 +121,7 @@ def test_the_forward_of_another_kind_of_model_is_named(model, tokenized, monkeyp
 
 
 def test_what_limits_a_models_length():
-    """A window or a chunk counts where a layer has one, and LongRoPE up to where its factors change, for all pairs of a row."""
+    """A window or a chunk counts where a layer has one, and LongRoPE up to where its factors change, for a whole row."""
     window = "sliding attention window"
     config = Qwen2Config(use_sliding_window=True, sliding_window=50, num_hidden_layers=2, max_window_layers=1)
     assert T.context_limits(config)[window] == 50

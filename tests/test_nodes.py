@@ -357,15 +357,12 @@ def test_deepspeed_sees_no_secret_that_it_would_show(tools, tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize(("knows", "option"), [(True, "--default-signal=HUP "), (False, "")])
-def test_an_env_of_before_2019_is_not_asked_to_undo_nohup(knows, option, tmp_path):
+def test_an_env_of_before_2019_is_not_asked_to_undo_nohup(knows, option, tools, tmp_path):
     """Ubuntu 20.04's has no such option, and would start nothing."""
-    (tmp_path / "env").write_text(
-        f'#!/bin/bash\n[[ "$1" == --default-signal* ]] && exit {0 if knows else 125}\nexec {shutil.which("env")} "$@"\n'
-    )
-    (tmp_path / "env").chmod(0o755)
-    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    real = shutil.which("env")
+    tools("env", f'[[ "$1" == --default-signal* ]] && exit {0 if knows else 125}; exec {real} "$@"')
     nodes = ("HOST=node1 slots=1", "HOST=node2 slots=1", "ADDRESS=127.0.0.3", "EXPORT=LANG=C.UTF-8")
-    result = launch_stub(tmp_path, {"PATH": path}, *nodes)
+    result = launch_stub(tmp_path, {}, *nodes)
     assert result.returncode == 0 and f"command:\n  env {option}--chdir=" in result.stderr
 
 

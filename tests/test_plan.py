@@ -57,6 +57,7 @@ WRONG_DEVICES = {  # GPU_NODES, GPUs here → what the error says
     "negative": ("localhost:-1", [0], "must be auto, localhost:0,1, or several nodes"),
     "a range": ("localhost:0-3", [0, 1, 2, 3], "must be auto, localhost:0,1, or several nodes"),
     "a number without end": (f"localhost:{'7' * 5000}", [0], "must be auto, localhost:0,1, or several nodes"),
+    "a digit that is no number": ("localhost:²", [0, 1, 2], "must be auto, localhost:0,1, or several nodes"),
     "a digit of another script": ("localhost:٣", [3], "must be auto, localhost:0,1, or several nodes"),
     "another host": ("node1:0,1", [0, 1], "node1:0,1 is one node only; for this machine's GPUs say localhost:0,1"),
     "this host and another": ("localhost:0,node2:0", [0, 1], "localhost is another machine on every node"),

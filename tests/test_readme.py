@@ -75,9 +75,8 @@ def test_files_exist(name):
 @pytest.mark.parametrize("name", READMES)
 def test_links_within_lead_to_a_heading(name):
     headings = re.findall(r"^##+ (.*)$", re.sub(r"```\w*\n.*?```", "", TEXT[name], flags=re.S), re.M)
-    anchors = {
-        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
-    }  # as GitHub makes them
+    # as GitHub makes them
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
     linked = set(re.findall(r"\]\(#([^)]+)\)", TEXT[name]))
     assert len(linked) >= 14 and linked <= anchors
 
